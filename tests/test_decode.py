@@ -1,0 +1,174 @@
+"""Prefill and step against the parallel pass, what the cache holds, and generation."""
+import random
+
+import pytest
+import torch
+
+from kernels import allowed, relative_error
+from model import Pattern, choose
+from test_model import random_pattern, tiny
+
+
+def decode(model, idx, pattern, pieces, max_len=None):
+    """Logits at the end of each piece, through the cache: a piece of one token by `step`, others by `prefill`."""
+    cache, logits, start = model.new_cache(len(idx), max_len or idx.shape[1], pattern), {}, 0
+    for n in pieces:
+        piece, start = idx[:, start:start + n], start + n
+        logits[start - 1] = model.step(piece[:, 0], cache) if n == 1 else model.prefill(piece, cache)
+    return logits, cache
+
+
+def pieces_of(T, rng):
+    pieces = []
+    while sum(pieces) < T:
+        pieces.append(min(rng.choice((1, 1, 1, 2, 5, 17, 40)), T - sum(pieces)))
+    return pieces
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_decode_matches_forward(seed):
+    """Random patterns, hybrid ones too, random prompts, chunkings and batch sizes, with and without recurrence."""
+    rng = random.Random(seed)
+    T, batch = rng.randint(1, 150), rng.randint(1, 3)
+    model, pattern, idx = tiny(recurrence=seed % 4 > 0, seed=seed), random_pattern(rng), torch.randint(50, (batch, T))
+    with torch.no_grad():
+        parallel = model(idx, pattern=pattern)
+    logits, cache = decode(model, idx, pattern, pieces_of(T, rng), max_len=T + rng.randint(0, 50))
+    for t, step in logits.items():
+        error = relative_error(step, parallel[:, t])
+        assert error < 1e-5, f"{pattern}, T {T}, position {t}: relative error {error:.1e}"
+    assert cache.length == T
+
+
+@pytest.mark.parametrize("pattern, slots", [("D4", 24), ("D16W10S4", 19), ("D8W5", 16), ("D64", 1), ("W12S4", 16), ("D4W3S9", 33), ("D1", 96), ("D16", 6)])
+@pytest.mark.parametrize("pieces", [(96,), (1,) * 96, (40, 1, 1, 54)])
+def test_slots_after_96_tokens(pattern, slots, pieces):
+    _, cache = decode(tiny(), torch.randint(50, (2, 96)), pattern, pieces)
+    assert cache.slots == [[slots]] * 2
+
+
+def test_slots_are_the_positions_that_the_next_query_may_use():
+    rng = random.Random(1)
+    for _ in range(15):
+        T, pattern = rng.randint(1, 90), Pattern.parse(random_pattern(rng))
+        _, cache = decode(tiny(), torch.randint(50, (1, T)), pattern, pieces_of(T, rng), max_len=120)
+        for layer, groups in enumerate(cache.slots):
+            for i, (rule, _) in enumerate(pattern.groups(layer, 4)):
+                needed = allowed(torch.tensor(T), torch.arange(T), *rule.span)
+                assert groups[i] == needed.sum(), f"{pattern} layer {layer} group {i}"
+                held = cache.groups[layer][i].positions()
+                held = held[held < T]
+                assert len(set(held.tolist())) == len(held), "a position is held once"
+                assert set(torch.arange(T)[needed].tolist()) <= set(held.tolist())
+
+
+@pytest.mark.parametrize("pattern, slots", [("D1", 96), ("D4", 24), ("D16W10S4", 6 + 10 + 4), ("D64", 1), ("W12S4", 16), ("D8W5", 12 + 5), ("D1,D16", (96 + 6) / 2)])
+def test_bytes_are_slots_and_the_float32_state(pattern, slots):
+    """C = 32 channels of keys and values in 2 layers for a batch of 3; 2 x 32 float32 of state per layer."""
+    for recurrence, state in ((True, 3 * 2 * 2 * 32 * 4), (False, 0)):
+        model = tiny(recurrence=recurrence)
+        for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
+            cache = model.to(dtype).new_cache(3, 96, pattern)
+            assert cache.nbytes == 3 * 2 * slots * 2 * 32 * width + state
+            assert model.new_cache(3, 96, pattern, device="meta").nbytes == cache.nbytes
+            before = cache.nbytes
+            model.prefill(torch.randint(50, (3, 96)), cache)
+            assert cache.nbytes == before, "filling the cache allocates nothing that stays"
+
+
+def test_streaming_memory_is_bounded():
+    """A window and sinks: the cache of a long text is that of a short one."""
+    model = tiny()
+    assert model.new_cache(1, 10**6, "W12S4").nbytes == model.new_cache(1, 16, "W12S4").nbytes
+
+
+def test_the_state_is_float32_when_the_cache_is_bfloat16():
+    model, idx = tiny().bfloat16(), torch.randint(50, (2, 60))
+    logits, cache = decode(model, idx, "D8W4S2", (20, *(1,) * 40))
+    assert all(s.dtype == torch.float32 for state in cache.state for s in state) and cache.groups[0][0].k.dtype == torch.bfloat16
+    with torch.no_grad():
+        parallel = model(idx, pattern="D8W4S2")
+    assert relative_error(logits[59], parallel[:, 59]) < 0.05, "no drift beyond bfloat16's rounding"
+
+
+def test_the_cache_takes_autocasts_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        model = tiny()
+        cache = model.new_cache(1, 8)
+        model.step(torch.zeros(1, dtype=torch.long), cache)
+    assert cache.groups[0][0].k.dtype == torch.bfloat16 and cache.state[0][0].dtype == torch.float32
+
+
+def test_running_past_max_len_is_refused_and_changes_nothing():
+    model, idx = tiny(), torch.randint(50, (1, 30))
+    _, cache = decode(model, idx[:, :20], "D4W3S1", (20,), max_len=24)
+    kept = [group.k.clone() for layer in cache.groups for group in layer]
+    with pytest.raises(ValueError, match=r"20 tokens seen \+ 5 new > max_len 24"):
+        model.prefill(idx[:, 20:25], cache)
+    assert cache.length == 20 and all(a.equal(group.k) for a, group in zip(kept, [group for layer in cache.groups for group in layer]))
+    for t in range(20, 24):
+        logits = model.step(idx[:, t], cache)
+    assert relative_error(logits, model(idx[:, :24], pattern="D4W3S1")[:, -1]) < 1e-5
+    with pytest.raises(ValueError, match="max_len"):
+        model.step(idx[:, 24], cache)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 0), (3,)])
+def test_prefill_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match="the cache wants"):
+        tiny().prefill(torch.zeros(shape, dtype=torch.long), tiny().new_cache(1, 8))
+
+
+@pytest.mark.parametrize("pattern", ["D1", "D4W3S2", "W5S1", "D1/D8,D4"])
+def test_greedy_generation_is_the_argmax_of_the_parallel_pass(pattern):
+    model, idx = tiny(), torch.randint(50, (3, 7))
+    out = model.generate(idx, 25, pattern=pattern, temperature=0)
+    assert out.shape == (3, 32) and out[:, :7].equal(idx)
+    with torch.no_grad():
+        assert model(out, pattern=pattern)[:, 6:-1].argmax(-1).equal(out[:, 7:])
+
+
+def test_generation_of_nothing():
+    idx = torch.randint(50, (2, 5))
+    assert tiny().generate(idx, 0).equal(idx)
+
+
+def test_a_sequence_stops_by_itself():
+    model, idx = tiny(), torch.randint(50, (4, 6))
+    free = model.generate(idx, 30, temperature=0)
+    stop = free[0, 9].item()                                    # the first sequence's 4th new token
+    out = model.generate(idx, 30, temperature=0, stop=stop)
+    assert out.shape == free.shape
+    for row, expected in zip(out[:, 6:], free[:, 6:]):
+        hits = (expected == stop).nonzero()
+        end = hits[0].item() if len(hits) else 30
+        assert row[:end].equal(expected[:end]) and (row[end:] == stop).all()
+
+
+def test_sampling_draws_the_right_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
+
+    def frequencies(**kwargs):
+        return torch.bincount(choose(logits, **kwargs), minlength=4) / 20000
+
+    probs = logits[0].softmax(-1)
+    assert (frequencies() - probs).abs().max() < 0.02
+    assert (frequencies(temperature=0.5) - (2 * logits[0]).softmax(-1)).abs().max() < 0.02
+    assert (frequencies(top_k=2) - torch.tensor([probs[0], probs[1], 0, 0]) / probs[:2].sum()).abs().max() < 0.02
+    assert (frequencies(top_p=0.7) - torch.tensor([probs[0], probs[1], 0, 0]) / probs[:2].sum()).abs().max() < 0.02
+    assert frequencies(top_p=0.01)[0] == 1 and frequencies(top_k=1)[0] == 1 and frequencies(temperature=0)[0] == 1
+
+
+@pytest.mark.parametrize("wrong", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
+def test_impossible_sampling_is_refused(wrong):
+    with pytest.raises(ValueError, match="sampling wants"):
+        choose(torch.zeros(1, 4), **wrong)
+
+
+def test_generation_repeats_with_its_seed():
+    model, idx = tiny(), torch.randint(50, (2, 5))
+    out = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        out.append(model.generate(idx, 20, "D4", temperature=1.0, top_k=20, top_p=0.9))
+    assert out[0].equal(out[1]) and not out[0].equal(out[2])
