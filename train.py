@@ -1,0 +1,487 @@
+"""
+Dense pretraining of RAT+ with active recurrence learning (ARL).
+
+With dense attention at hand the recurrence stays lazy: it learns a reach of a few tokens, too short to stand in for the
+positions that a dilation skips. So every batch is used twice, each time for a full optimizer update:
+
+  theta <- AdamW(theta, gradient of loss(batch; theta, D64))      sparse: a lazy recurrence hurts here      (6)
+  theta <- AdamW(theta, gradient of loss(batch; theta, D1))       dense: and attention stays able
+
+  code            paper
+  arl             joint training; its pattern is the training dilation, D64
+  no_recurrence   the attention-only baseline (implies --arl none)
+  context         sequence length T
+
+`python train.py` trains the laptop preset on the source of Python's own standard library, as bytes, without a network.
+Data, tokenizers and the command-line helper live here too; adapt.py, eval.py and sample.py import them.
+"""
+import argparse
+import codecs
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+import typing
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+import kernels
+from model import PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def update(model, loss_fn, optimizer, idx, targets, pattern, clip, grad_accum):
+    """One optimizer update on one batch under one pattern; returns its loss (nats per token) and gradient norm, floats.
+
+    The batch is run in grad_accum parts, weighted by their targets, so that the number of parts changes nothing else.
+    ValueError, before the weights are touched, if the loss or the gradient is not finite.
+    """
+    total, count = 0.0, (targets != -100).sum().clamp(min=1)
+    for x, y in zip(idx.chunk(grad_accum), targets.chunk(grad_accum)):
+        loss = loss_fn(x, y, pattern) * ((y != -100).sum() / count)
+        loss.backward()
+        total += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise ValueError(f"training stopped: loss {total}, gradient norm {norm} with pattern {pattern}; the last checkpoint is untouched")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def schedule(step, steps, warmup, lr, min_lr):
+    """Learning rate of a step: linear warm-up over the first `warmup` share of the steps, then cosine to min_lr."""
+    ramp = int(warmup * steps)
+    if step < ramp:
+        return lr * (step + 1) / ramp
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
+
+
+def fit(model, config, passes, batch, optimizer, first=0):
+    """Train for steps first..config.steps - 1; after each, yield a record: steps done, loss per pass, lr, norm, ms.
+
+    passes: the patterns of (6) in order, each a full update on the same batch. batch(step) -> idx, targets.
+    """
+    device = model.embed.weight.device
+
+    def loss_fn(idx, targets, pattern):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            return model.loss(idx, targets, pattern)
+
+    if config.compile:
+        loss_fn = torch.compile(loss_fn)
+    for step in range(first, config.steps):
+        model.train()
+        start, lr = time.perf_counter(), schedule(step, config.steps, config.warmup, config.lr, config.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        idx, targets = (z.to(device) for z in batch(step))
+        losses = {}
+        for pattern in passes:
+            losses[str(pattern)], norm = update(model, loss_fn, optimizer, idx, targets, pattern, config.clip, config.grad_accum)
+        yield dict(step=step + 1, losses=losses, lr=lr, norm=norm, ms=1e3 * (time.perf_counter() - start))
+
+
+def new_optimizer(model, config):
+    """AdamW with decay on all parameters, as in the authors' code."""
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+
+
+@torch.no_grad()
+def evaluate(model, tokens, pattern, config):
+    """Mean loss over config.eval_windows windows spread evenly over `tokens`, every token counted (nats per token)."""
+    model.eval()
+    T, total = config.context, 0.0
+    starts = np.linspace(0, len(tokens) - T - 1, min(config.eval_windows, (len(tokens) - 1) // T)).astype(int)
+    for i in range(0, len(starts), config.eval_batch):
+        idx, targets = (z.to(model.embed.weight.device) for z in cut(tokens, starts[i:i + config.eval_batch], T))
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            total += model.loss(idx, targets, pattern).item() * len(idx)
+    return total / len(starts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data: token streams on disk, uint16, each document followed by end-of-text
+
+def cut(tokens, starts, T, eot=-1):
+    """Windows of T tokens from `starts`: idx, targets (B, T) int64. No loss (-100) where the input is end-of-text:
+    the first token of the next document can't be known."""
+    window = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))
+    idx, targets = window[:, :-1], window[:, 1:]
+    return idx, targets.masked_fill(idx == eot, -100)
+
+
+def in_order(step, config, length):
+    """Starts of a pretraining batch. The first steps * batch * T tokens are read once, in order, in batch_size streams: row r
+    reads the r-th stretch from end to end, so that a batch holds many documents. Shorter data starts again."""
+    return (np.arange(config.batch_size) * config.steps + step) * config.context % (length - config.context)
+
+
+def at_random(step, config, length):
+    """Starts of an adaptation batch: random offsets, the same for the same seed and step."""
+    return np.random.default_rng((config.seed, step)).integers(0, length - config.context, config.batch_size)
+
+
+class Tokenizer:
+    """Text <-> token ids. bytes: UTF-8, 257 tokens; gpt2: tiktoken's BPE, 50257; ids: numbers written out, for anything else."""
+
+    def __init__(self, name):
+        self.name = name
+        self.size, self.eot = {"bytes": (257, 256), "gpt2": (50257, 50256), "ids": (None, None)}[name]
+        self.partial = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @functools.cached_property
+    def bpe(self):
+        import tiktoken
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:                              # without a network: whatever requests raises
+            raise ValueError(f"tiktoken can't fetch GPT-2's vocabulary ({type(error).__name__}); without a network, "
+                             "set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
+
+    def encode(self, text):
+        if self.name == "bytes":
+            return np.frombuffer(text.encode(), np.uint8)
+        if self.name == "gpt2":
+            return self.bpe.encode_ordinary(text)
+        if not all(word.isascii() and word.isdigit() for word in text.split()):
+            raise ValueError(f"no tokenizer for this vocabulary: text goes in as token ids, like '1 15043', not {text[:40]!r}")
+        return [int(word) for word in text.split()]
+
+    def decode(self, token):
+        """The text that `token` completes; '' in the middle of a character and for a token that stands for nothing."""
+        if self.name == "ids":
+            return f"{token} "
+        if token >= self.eot:
+            return "<|endoftext|>" if token == self.eot else ""
+        return self.partial.decode(bytes([token]) if self.name == "bytes" else self.bpe.decode_single_token_bytes(token))
+
+
+def documents(source):
+    """[(name, path)] of a text source, sorted by the md5 of the name: a shuffle that is the same everywhere."""
+    stdlib = source == "stdlib"
+    root = sysconfig.get_path("stdlib") if stdlib else source
+    skip = {"__pycache__", *(("site-packages", "dist-packages", "test", "tests", "idle_test") if stdlib else ())}
+    found = [(os.path.basename(root), root)] if os.path.isfile(root) else []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+        paths = [os.path.join(folder, name) for name in names if not name.startswith(".") and (name.endswith(".py") or not stdlib)]
+        found += [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths]
+    if not found:
+        raise ValueError(f"--data {source}: no such file or folder, or nothing in it")
+    return sorted(found, key=lambda document: hashlib.md5(document[0].encode()).digest())
+
+
+def read_text(path):
+    """A file's text; '' if it is not UTF-8 text."""
+    with open(path, "rb") as f:
+        raw = f.read()
+    try:
+        return "" if b"\0" in raw else raw.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def tokenize(source, tokenizer):
+    """Tokenize a text source, once, into the folder under .cache that is returned. A twentieth of the documents, at least
+    one, is for validation; of a single document, its last tenth."""
+    docs, coder = documents(source), Tokenizer(tokenizer)
+    stamps = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in docs]
+    key = hashlib.md5(json.dumps([os.path.abspath(source), tokenizer, stamps]).encode()).hexdigest()[:8]
+    folder = os.path.join(".cache", f"{os.path.basename(os.path.abspath(source))}-{tokenizer}-{key}")
+    if os.path.exists(folder):
+        return folder
+    texts = [path for _, path in docs if read_text(path)]
+    if not texts:
+        raise ValueError(f"--data {source}: no UTF-8 text in it")
+    partial, n_val, size = f"{folder}.{os.getpid()}.tmp", max(1, len(texts) // 20), 0
+    os.makedirs(partial)
+    try:
+        with open(os.path.join(partial, "train.bin"), "wb") as train, open(os.path.join(partial, "val.bin"), "wb") as val:
+            for i, path in enumerate(texts, 1):
+                tokens = np.append(coder.encode(read_text(path)), coder.eot).astype("<u2")
+                border = len(tokens) * 9 // 10 if len(texts) == 1 else 0 if i <= n_val else len(tokens)
+                train.write(tokens[:border].tobytes())
+                val.write(tokens[border:].tobytes())
+                size += len(tokens)
+                if i % 100 == 0 or i == len(texts):
+                    print(f"\rtokenizing {source}: {i}/{len(texts)} texts, {size / 1e6:.1f}M tokens ({tokenizer})",
+                          end="\n" * (i == len(texts)), file=sys.stderr, flush=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def load_data(config, vocab_size=None):
+    """(train, val, vocabulary): two uint16 arrays, mapped from disk, and a multiple of 64. Fills in config.tokenizer and .eot.
+
+    config.data: 'stdlib', a text file, a folder of text files, or a folder with train.bin and val.bin, headerless uint16.
+    vocab_size: default the tokenizer's, else the largest token + 1. OSError or ValueError in one line if the data can't
+    be had, is shorter than a window, or holds a token beyond the vocabulary.
+    """
+    folder, names = config.data, ("train.bin", "val.bin")
+    if not any(os.path.exists(os.path.join(folder, name)) for name in names):
+        config.tokenizer = config.tokenizer or "bytes"
+        folder = tokenize(config.data, config.tokenizer)
+    coder = Tokenizer(config.tokenizer or "ids")
+    limit, arrays = vocab_size or coder.size or 65536, []
+    for path in (os.path.join(folder, name) for name in names):
+        if (size := os.path.getsize(path)) % 2 or size // 2 <= config.context:
+            raise ValueError(f"{path}: {size} bytes; it must be uint16 tokens, more of them than the context of {config.context}")
+        arrays.append(np.memmap(path, "<u2", "r"))
+        if (largest := int(arrays[-1].max())) >= limit:
+            raise ValueError(f"{path}: token {largest} is beyond the vocabulary of {limit}")
+    if config.eot is None:
+        config.eot = coder.eot or (50256 if any((tokens == 50256).any() for tokens in arrays) else -1)
+    config.tokenizer = coder.name
+    size = vocab_size or coder.size or 1 + max(int(tokens.max()) for tokens in arrays)
+    return *arrays, -(-size // 64) * 64
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line, shared by the scripts
+
+def flag(default, help, **argument):
+    return dataclasses.field(default=default, metadata=dict(help=help, **argument))
+
+
+@dataclass
+class Common:
+    """The flags of every script."""
+    out: str = flag("out", "folder of the run's checkpoints and logs")
+    device: str | None = flag(None, "cpu, cuda, cuda:1 ...; default: cuda if there is one")
+    dtype: str | None = flag(None, "compute dtype; default: bfloat16 on cuda, else float32", choices=("float32", "bfloat16"))
+    seed: int = flag(0, "of the weights, of random offsets and of sampling")
+
+    def __post_init__(self):
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
+        self.dtype = self.dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
+
+
+@dataclass
+class DataFlags(Common):
+    """The flags of every script that reads data."""
+    data: str = flag("stdlib", "stdlib, a text file, a folder of text files, or a folder with train.bin and val.bin")
+    tokenizer: str | None = flag(None, "of text: bytes (default) or gpt2; of .bin: what made it (ids: unknown)", choices=("bytes", "gpt2", "ids"))
+    eot: int | None = flag(None, "end-of-text token of .bin data, -1 for none; default: 50256 if it occurs")
+    context: int = flag(1024, "tokens per sequence")
+    eval_windows: int = flag(64, "windows of validation data, spread evenly over it")
+    eval_batch: int = flag(8, "windows validated at once")
+
+
+@dataclass
+class FitFlags(DataFlags):
+    """The flags of pretraining and adaptation."""
+    batch_size: int = flag(16, "sequences per update")
+    grad_accum: int = flag(1, "parts that a batch is run in, to save memory")
+    steps: int = flag(1000, "batches")
+    lr: float = flag(1e-3, "peak learning rate")
+    min_lr: float = flag(1e-6, "last learning rate")
+    warmup: float = flag(0.05, "share of the steps that warms up")
+    weight_decay: float = flag(0.1, "of AdamW, on all parameters")
+    clip: float = flag(1.0, "largest gradient norm")
+    compile: bool | None = flag(None, "torch.compile the model; default: on cuda")
+    log_interval: int = flag(10, "steps between log lines")
+    resume: bool = flag(False, "go on with what --out holds")
+    overwrite: bool = flag(False, "start anew where --out holds it already")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.compile = self.device.startswith("cuda") if self.compile is None else self.compile
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def parse_flags(cls, description):
+    """The flags that were given, as a dict; every field of the dataclass `cls` is one, with its help."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(cls):
+        argument, hint = dict(field.metadata), field.type
+        if field.default not in (None, dataclasses.MISSING):
+            argument["help"] += f"; default: {field.default}"
+        if bool in (hint, *typing.get_args(hint)):
+            argument["action"] = argparse.BooleanOptionalAction
+        else:
+            argument["type"] = next((kind for kind in (int, float) if kind in (hint, *typing.get_args(hint))), str)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **argument)
+    given = vars(parser.parse_args())
+    for name, value in given.items():
+        least = {"eot": -1, "seed": 0}.get(name, 1 if type(value) is int else 0)
+        if type(value) in (int, float) and not least <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a number from {least} up")
+    return given
+
+
+def run(main):
+    """Call main; bad input, a missing file or Ctrl-C is one line on stderr and a non-zero exit."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt as error:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted{error}", file=sys.stderr)
+        sys.exit(130)
+
+
+def header(model, config):
+    """What runs, on what; the first lines of every script."""
+    shape, n = model.config, sum(p.numel() for p in model.parameters())
+    print(f"{'RAT+' if shape.recurrence else 'attention-only'} | {n / 1e6:.2f}M parameters | {shape.n_layer} layers x {shape.n_embd}, "
+          f"{shape.n_head} heads, vocabulary {shape.vocab_size}\npython {platform.python_version()}, torch {torch.__version__} | {config.device}, "
+          f"{torch.get_num_threads()} CPU threads, {config.dtype} | {kernels.path(config.device)}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pretraining
+
+RECIPES = {                                                     # how each of model.PRESETS is pretrained
+    "laptop": dict(context=256, batch_size=16, steps=300, lr=2e-3, eval_interval=100, eval_windows=64),
+    "small": dict(context=2048, batch_size=32, steps=1000, lr=1e-3),
+    "base": dict(context=4096, batch_size=128, grad_accum=16, steps=5000, lr=8e-4),
+    "paper-1.5b": dict(context=4096, batch_size=512, grad_accum=128, steps=47684, lr=8e-4),
+    "paper-2.6b": dict(context=4096, batch_size=512, grad_accum=256, steps=47684, lr=8e-4),
+    "paper-7.6b": dict(context=4096, batch_size=512, grad_accum=512, steps=47684, lr=2e-4),
+}
+
+
+@dataclass
+class TrainConfig(FitFlags):
+    preset: str | None = flag(None, "shape and recipe; default: laptop on a CPU, small on a GPU", choices=tuple(PRESETS))
+    n_layer: int | None = flag(None, "layers; default: the preset's")
+    n_head: int | None = flag(None, "heads; default: the preset's")
+    n_embd: int | None = flag(None, "width; default: the preset's")
+    recurrence: bool = flag(True, "--no-recurrence: the attention-only baseline")
+    arl: str | None = flag(None, "pattern of the sparse update of each batch, or none; default: D64, none without recurrence")
+    vocab_size: int | None = flag(None, "default: the tokenizer's, else the largest token + 1; rounded up to a multiple of 64")
+    eval_interval: int = flag(250, "steps between validations; each saves a checkpoint")
+
+
+def of_run(cls, path, meta, given):
+    """The flags of `cls`: those given, else what the pretraining of the checkpoint at `path` used, else the defaults."""
+    if "train" not in meta and "data" not in given:
+        raise ValueError(f"{path} does not say what it was trained on: --data is needed")
+    names = {field.name for field in dataclasses.fields(cls)} - {field.name for field in dataclasses.fields(Common)} - {"resume", "overwrite"}
+    return cls(**{**{name: value for name, value in meta.get("train", {}).items() if name in names}, **given})
+
+
+def file_of(pattern, out):
+    """The checkpoint of a pattern: out/D16.pt, with + and _ for the , and / of hybrids; out/dense.pt comes from pretraining."""
+    return os.path.join(out, str(pattern).replace(",", "+").replace("/", "_") + ".pt")
+
+
+def fingerprint(model):
+    """Eight hex digits that tell one set of weights from another: adapted checkpoints name their dense parent by it."""
+    return hashlib.md5(model.embed.weight.detach().cpu().numpy().tobytes()).hexdigest()[:8]
+
+
+def log_line(record, config):
+    *sparse, dense = record["losses"].values()
+    left = record["ms"] * (config.steps - record["step"]) / 6e4
+    return (f"step {record['step']:04}/{config.steps:04} | loss {dense:.4f}" + "".join(f" sparse {loss:.4f}" for loss in sparse)
+            + f" | lr {record['lr']:.1e} | norm {record['norm']:.2f} | {record['ms']:.0f} ms | "
+            f"{config.batch_size * config.context / record['ms']:.1f}k tok/s | ETA {left:.1f} min")
+
+
+def open_log(path, step=0):
+    """A JSONL log, cut back to whole records up to `step`, so that a resumed run has every step once."""
+    kept = []
+    if step and os.path.exists(path):
+        with open(path) as f:
+            kept = [record for record in f if record.endswith("\n") and json.loads(record).get("step", 0) <= step]
+    log = open(path, "w")
+    log.writelines(kept)
+    return log
+
+
+def report(log, text, **record):
+    """A line on the screen and a record in the log."""
+    print(text, flush=True)
+    log.write(json.dumps(record) + "\n")
+    log.flush()
+
+
+def main():
+    given = parse_flags(TrainConfig, __doc__)
+    config = TrainConfig(**given)
+    path, meta = os.path.join(config.out, "dense.pt"), {}
+    if config.resume:
+        model, meta = load_checkpoint(path, config.device)
+        if "optimizer" not in meta:
+            raise ValueError(f"{path}: not a checkpoint of train.py, it can't be resumed")
+    elif os.path.exists(path) and not config.overwrite:
+        raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out names another folder")
+    preset = config.preset or meta.get("train", {}).get("preset") or ("small" if config.device.startswith("cuda") else "laptop")
+    config = TrainConfig(**{**PRESETS[preset], **RECIPES[preset], **meta.get("train", {}), **given, "preset": preset})
+    config.arl = config.arl or ("D64" if config.recurrence else "none")
+
+    train, val, config.vocab_size = load_data(config, config.vocab_size)
+    shape = RATConfig(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.recurrence)
+    if config.resume and shape != model.config:
+        raise ValueError(f"{path} holds {model.config}, the flags ask for {shape}")
+    passes = [Pattern.parse(pattern).fit(shape) for pattern in (config.arl, "D1") if pattern != "none"]
+    os.makedirs(config.out, exist_ok=True)
+    torch.manual_seed(config.seed)
+    if not config.resume:
+        model = RATPlus(shape).to(config.device)
+    optimizer = new_optimizer(model, config)
+    if config.resume:
+        optimizer.load_state_dict(meta["optimizer"])
+        torch.set_rng_state(meta["rng"])
+    first = meta.get("step", 0)
+
+    header(model, config)
+    stopped = []
+
+    def stop(number, frame):                                    # finish the step, save, leave; a second Ctrl-C leaves at once
+        stopped.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+    def batch(step):
+        return cut(train, in_order(step, config, len(train)), config.context, config.eot)
+
+    with open_log(os.path.join(config.out, "dense.jsonl"), first) as log:
+        tokens, updates = config.steps * config.batch_size * config.context, " then ".join(map(str, passes))
+        report(log, f"{config}\n{tokens / 1e6:.2f}M of {len(train) / 1e6:.2f}M tokens, updates with {updates} on each batch; "
+               f"{len(val) / 1e6:.2f}M for validation", step=first, config=asdict(config), torch=torch.__version__)
+        for record in fit(model, config, passes, batch, optimizer, first):
+            step, leave = record["step"], bool(stopped)
+            last = leave or step == config.steps
+            if last or step % config.log_interval == 0:
+                report(log, log_line(record, config), **record)
+            if last or step % config.eval_interval == 0:
+                losses = {} if leave else {str(p): evaluate(model, val, p, config) for p in passes[::-1]}
+                save_checkpoint(path, model, step=step, pattern="D1", tokenizer=config.tokenizer, val=losses, train=asdict(config),
+                                optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+                report(log, f"step {step:04} | val " + " ".join(f"{p} {loss:.4f}" for p, loss in losses.items()) + f" | saved {path}",
+                       step=step, val=losses)
+            if leave:
+                raise KeyboardInterrupt(f"; step {step} is saved in {path}, --resume goes on")
+    if first >= config.steps:
+        print(f"{path} is complete: {first} steps")
+
+
+if __name__ == "__main__":
+    run(main)
