@@ -1,0 +1,65 @@
+"""
+Resolution adaptation: from one dense checkpoint to a sparse one per pattern.
+
+  theta_P = theta_dense; then, for a few steps, theta_P <- AdamW(theta_P, gradient of loss(batch; theta_P, P))     (7)
+
+The pattern P is fixed and ARL is off. The learning rate starts at a tenth of pretraining's and falls along a cosine;
+batches are drawn at random offsets. The paper spends 1 % of the pretraining tokens on it.
+
+`python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt.
+"""
+import os
+from dataclasses import asdict, dataclass
+
+from model import Pattern, load_checkpoint, save_checkpoint
+from train import (FitFlags, at_random, cut, evaluate, file_of, fingerprint, fit, flag, header, load_data, log_line, new_optimizer,
+                   of_run, open_log, parse_flags, report, run)
+
+
+@dataclass
+class AdaptConfig(FitFlags):
+    checkpoint: str | None = flag(None, "the dense checkpoint; default: dense.pt in --out")
+    pattern: list = flag(("D16", "D64"), "the patterns, each adapted on its own from the dense checkpoint", nargs="+")
+
+
+def main():
+    given = parse_flags(AdaptConfig, __doc__)
+    config = AdaptConfig(**given)
+    dense = config.checkpoint or os.path.join(config.out, "dense.pt")
+    model, meta = load_checkpoint(dense, config.device)
+    pretraining = {"steps": 0, "lr": 1e-3, **meta.get("train", {})}
+    config = of_run(AdaptConfig, dense, meta, {"steps": max(40, pretraining["steps"] // 100), "lr": pretraining["lr"] / 10, "warmup": 0.0, **given})
+    patterns = [Pattern.parse(pattern).fit(model.config) for pattern in config.pattern]
+    done = [file_of(pattern, config.out) for pattern in patterns if os.path.exists(file_of(pattern, config.out))]
+    if done and not (config.resume or config.overwrite):
+        raise ValueError(f"{done[0]} exists: --resume leaves it and adapts to the others, --overwrite adapts anew")
+    train, val, _ = load_data(config, model.config.vocab_size)
+    os.makedirs(config.out, exist_ok=True)
+    header(model, config)
+
+    def batch(step):
+        return cut(train, at_random(step, config, len(train)), config.context, config.eot)
+
+    dense_loss, rows = evaluate(model, val, "D1", config), []
+    for pattern in patterns:
+        path = file_of(pattern, config.out)
+        if config.resume and path in done:
+            continue
+        model, _ = load_checkpoint(dense, config.device)
+        parent, before = fingerprint(model), evaluate(model, val, pattern, config)
+        with open_log(path[:-len("pt")] + "jsonl") as log:
+            report(log, f"{pattern} | {config}", pattern=str(pattern), config=asdict(config))
+            for record in fit(model, config, [pattern], batch, new_optimizer(model, config)):
+                if record["step"] % config.log_interval == 0 or record["step"] == config.steps:
+                    report(log, f"{pattern} | {log_line(record, config)}", **record)
+            after = evaluate(model, val, pattern, config)
+            save_checkpoint(path, model, step=config.steps, pattern=str(pattern), parent=parent, tokenizer=meta["tokenizer"],
+                            val={str(pattern): after}, train=meta.get("train", {}), adapt=asdict(config))
+            report(log, f"{pattern} | val dense {dense_loss:.4f}, sparse before {before:.4f}, after {after:.4f} | saved {path}",
+                   step=config.steps, dense=dense_loss, before=before, after=after)
+        rows.append(f"| {pattern} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")
+    print("\n| pattern | dense loss | sparse before | sparse after |\n|---|---|---|---|", *rows, sep="\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,106 @@
+"""
+What sparsity costs and saves, a row a pattern, as a Markdown table and a Mermaid chart.
+
+  loss(P)  = mean cross-entropy over validation windows under P, of the dense weights ("switched") or those adapted to P
+  keys(P)  = mean over positions, layers and heads of the number of keys that equation (4) allows
+  cache(P) = bytes of the decoding cache after one window, counted on its tensors, per token of the window
+
+`python eval.py` reads out/dense.pt and the adapted checkpoints beside it; `python eval.py --compare out out/attention`
+puts several runs side by side.
+"""
+import glob
+import math
+import os
+from dataclasses import dataclass
+
+from model import Pattern, load_checkpoint
+from train import DataFlags, evaluate, fingerprint, flag, header, load_data, of_run, parse_flags, run
+
+
+@dataclass
+class EvalConfig(DataFlags):
+    checkpoint: str | None = flag(None, "a checkpoint to evaluate by itself")
+    pattern: list = flag((), "the patterns; default: dense and all that were adapted", nargs="+")
+    compare: list = flag((), "the --out folders of several runs", nargs="+")
+
+
+def keys_per_token(pattern, config, T):
+    """Mean number of keys per query in a window of T tokens, over positions, layers and heads."""
+    groups = [(i, j, heads.stop - heads.start) for i in range(config.n_layer) for j, (_, heads) in enumerate(pattern.groups(i, config.n_head))]
+    return sum(pattern.mask(T, i, j).sum().item() / T * heads for i, j, heads in groups) / (config.n_layer * config.n_head)
+
+
+def adapted_checkpoints(dense, parent, device):
+    """{pattern: model} of the checkpoints beside `dense` that were adapted from it (of `parent`'s fingerprint)."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(dense)), "*.pt"))):
+        model, meta = load_checkpoint(path, device)
+        if meta.get("parent") == parent:
+            found[meta["pattern"]] = model
+        elif "parent" in meta:
+            print(f"{path} was adapted from other weights than {dense}: left out")
+    return found
+
+
+def measure(dense, given):
+    """One run: (its name, {(pattern, weights): loss}, {pattern: (keys, cache bytes, share of the dense cache's)})."""
+    config = EvalConfig(**given)
+    model, meta = load_checkpoint(dense, config.device)
+    config = of_run(EvalConfig, dense, meta, given)
+    _, val, _ = load_data(config, model.config.vocab_size)
+    header(model, config)
+    adapted = {} if config.checkpoint else adapted_checkpoints(dense, fingerprint(model), config.device)
+    losses, costs, T = {}, {}, config.context
+    for pattern in dict.fromkeys(["D1", *(str(Pattern.parse(text)) for text in config.pattern or adapted)]):
+        parsed = Pattern.parse(pattern).fit(model.config)
+        cache, dense_cache = (model.new_cache(1, T, p, device="meta").nbytes for p in (parsed, "D1"))
+        costs[pattern] = keys_per_token(parsed, model.config, T), cache / T, cache / dense_cache
+        own = "dense" if pattern == "D1" else "adapted" if pattern == meta["pattern"] else "switched"
+        weights = {own: model, **({"adapted": adapted[pattern]} if pattern in adapted else {})}
+        for label, version in weights.items():
+            losses[pattern, label] = evaluate(version, val, parsed, config)
+            print(f"{pattern} {label}: loss {losses[pattern, label]:.4f}", flush=True)
+    kind = "attention-only" if not model.config.recurrence else "RAT+ without ARL" if meta.get("train", {}).get("arl") == "none" else "RAT+"
+    return f"{kind} ({dense if config.checkpoint else os.path.dirname(dense)})", losses, costs
+
+
+def table(runs):
+    """The Markdown table of several `measure`s; the gap is to the run's own dense loss."""
+    columns = ["pattern", "weights", "keys per token"]
+    for name, _, _ in runs:
+        columns += [f"{name}: loss", "gap", "perplexity", "cache bytes per token"]
+    lines = [columns, ["---"] * len(columns)]
+    for pattern, label in dict.fromkeys(key for _, losses, _ in runs for key in losses):
+        cells = []
+        for _, losses, costs in runs:
+            if (loss := losses.get((pattern, label))) is None:
+                cells += ["–"] * 4
+            else:
+                keys, cache, share = costs[pattern]
+                cells += [f"{loss:.3f}", f"{loss - losses['D1', 'dense']:+.3f}", f"{math.exp(loss):.2f}", f"{cache:.0f} ({share:.1%})"]
+        lines.append([pattern, label, f"{keys:.1f}", *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def chart(runs):
+    """A Mermaid chart: a line per run, over the patterns that all have; adapted weights where there are any."""
+    patterns = [pattern for pattern in runs[0][2] if all(pattern in costs for _, _, costs in runs)]
+    lines = [[losses.get((pattern, "adapted")) or losses.get((pattern, "switched")) or losses[pattern, "dense"] for pattern in patterns]
+             for _, losses, _ in runs]
+    low, high = min(map(min, lines)), max(map(max, lines))
+    return "\n".join(["```mermaid", "xychart-beta", f'    title "validation loss, from the first line on: {", ".join(run[0] for run in runs)}"',
+                      "    x-axis [" + ", ".join(f'"{pattern}"' for pattern in patterns) + "]",
+                      f'    y-axis "nats per token" {low - 0.1:.1f} --> {high + 0.1:.1f}',
+                      *("    line [" + ", ".join(f"{loss:.3f}" for loss in line) + "]" for line in lines), "```"])
+
+
+def main():
+    given = parse_flags(EvalConfig, __doc__)
+    config = EvalConfig(**given)
+    runs = [measure(dense, given) for dense in ([config.checkpoint] if config.checkpoint else
+                                                [os.path.join(folder, "dense.pt") for folder in config.compare or [config.out]])]
+    print("", table(runs), "", chart(runs), sep="\n")
+
+
+if __name__ == "__main__":
+    run(main)
