@@ -1,0 +1,458 @@
+"""The four scripts through their command lines, and their bad inputs: one line on stderr, a non-zero exit, nothing lost."""
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import adapt
+import eval as evaluation
+import sample
+import train
+from kernels import relative_error
+from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
+
+ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
+TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--context", "16", "--batch-size", "4", "--eval-windows", "4", "--device", "cpu"]
+MODULES = {"train": train, "adapt": adapt, "eval": evaluation, "sample": sample}
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """A folder of its own with a little text in it: 30 files of sums."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("text")
+    for i in range(30):
+        Path(f"text/{i}.txt").write_text("".join(f"{i} + {j} = {i + j}\n" for j in range(40)))
+
+
+def script(name, *args, **kwargs):
+    """Run a script as a user does."""
+    return subprocess.run([sys.executable, ROOT / f"{name}.py", *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+def call(name, *args):
+    """Run a script's main in this process: faster, and only for calls that end before training."""
+    before, sys.argv = sys.argv, [f"{name}.py", *map(str, args)]
+    try:
+        train.run(MODULES[name].main)
+    finally:
+        sys.argv = before
+
+
+def ok(done):
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(out):
+    """{step: losses} of a run's log."""
+    with open(out / "dense.jsonl" if isinstance(out, Path) else os.path.join(out, "dense.jsonl")) as f:
+        return {record["step"]: record["losses"] for record in map(json.loads, f) if "losses" in record}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """out/dense.pt of a model that has learnt nothing, with the meta of a real run."""
+    os.mkdir("out")
+    torch.manual_seed(0)
+    config = {"data": str(tmp_path / "text"), "tokenizer": "bytes", "eot": 256, "context": 16, "batch_size": 4, "eval_windows": 4, "steps": 10, "lr": 1e-3, "arl": "D64"}
+    save_checkpoint("out/dense.pt", RATPlus(RATConfig(320, 1, 2, 16)), step=10, pattern="D1", tokenizer="bytes", train=config)
+    return Path("out/dense.pt")
+
+
+# ---------------------------------------------------------------------------------------------
+# The story, end to end
+
+def test_train_adapt_eval_and_sample(tmp_path):
+    out = ok(script("train", *TINY, "--data", "text", "--steps", 40, "--eval-interval", 20, "--arl", "D8", "--lr", "1e-2"))
+    assert "RAT+ |" in out and "reference (plain PyTorch) on cpu" in out and "torch " + torch.__version__ in out and "ETA" in out
+    first, last = losses("out")[10], losses("out")[40]
+    assert set(first) == {"D8", "D1"} and last["D1"] < first["D1"] - 0.3, "the loss falls"
+    model, meta = load_checkpoint("out/dense.pt")
+    assert meta["step"] == 40 and meta["tokenizer"] == "bytes" and meta["train"]["arl"] == "D8" and meta["train"]["seed"] == 0
+
+    out = ok(script("adapt", "--pattern", "D4", "W2S1", "D8/D1", "--steps", 5, "--device", "cpu"))
+    assert "| pattern | dense loss | sparse before | sparse after |" in out
+    assert sorted(path for path in os.listdir("out") if path.endswith(".pt")) == ["D4.pt", "D8_D1.pt", "W2S1.pt", "dense.pt"]
+    assert load_checkpoint("out/D8_D1.pt")[1]["pattern"] == "D8/D1"
+
+    out = ok(script("eval", "--device", "cpu"))
+    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in out.splitlines() if line.startswith("| ")]
+    rows = {tuple(cells[:2]): cells[2:] for cells in table}
+    assert set(rows) >= {("D1", "dense"), ("D4", "switched"), ("D4", "adapted"), ("D8/D1", "adapted"), ("W2S1", "adapted")}
+    mask = Pattern.parse("D4").mask(16)
+    assert rows["D1", "dense"][0] == "8.5" and rows["D4", "adapted"][0] == f"{mask.sum() / 16:.1f}"
+    assert rows["D1", "dense"][4] == "136 (100.0%)" and rows["D4", "adapted"][4] == "40 (29.4%)"       # (16 or 4 slots + the state) * 128 / 16
+    assert "```mermaid" in out and float(rows["D4", "adapted"][1]) < float(rows["D4", "switched"][1])
+
+    out = script("sample", "--pattern", "D4", "--prompt", "1 + 1", "--tokens", 8, "--device", "cpu")
+    assert "1 + 1" in ok(out) and "tok/s" in out.stdout and "prefill 5 tokens" in out.stdout and out.stderr == ""
+    out = script("sample", "--pattern", "D16", "--tokens", 4, "--device", "cpu")
+    assert ok(out) and out.stderr.count("was not adapted to D16") == 1 and out.stderr.count("\n") == 1
+
+
+def test_compare_puts_runs_side_by_side(trained, capsys):
+    os.mkdir("plain")
+    _, meta = load_checkpoint(trained)
+    save_checkpoint("plain/dense.pt", RATPlus(RATConfig(320, 1, 2, 16, recurrence=False)), **meta)
+    call("eval", "--compare", "out", "plain", "--pattern", "D4", "--device", "cpu")
+    out = capsys.readouterr().out
+    assert "| RAT+ (out): loss |" in out and "| attention-only (plain): loss |" in out and out.count("    line [") == 2
+
+
+def test_eval_leaves_out_checkpoints_of_another_parent(trained, capsys):
+    _, meta = load_checkpoint(trained)
+    save_checkpoint("out/D4.pt", RATPlus(RATConfig(320, 1, 2, 16)), **{**meta, "pattern": "D4", "parent": "00000000"})
+    call("eval", "--device", "cpu")
+    out = capsys.readouterr().out
+    assert "out/D4.pt was adapted from other weights than out/dense.pt: left out" in out and "| D4 | adapted |" not in out
+
+
+def test_adapt_resumes_by_leaving_what_is_done(trained, capsys):
+    call("adapt", "--pattern", "D4", "--steps", 2, "--device", "cpu")
+    before = Path("out/D4.pt").read_bytes()
+    call("adapt", "--pattern", "D4", "D8", "--steps", 2, "--device", "cpu", "--resume")
+    assert Path("out/D4.pt").read_bytes() == before and os.path.exists("out/D8.pt")
+    call("adapt", "--pattern", "D4", "--steps", 3, "--device", "cpu", "--overwrite")
+    assert load_checkpoint("out/D4.pt")[1]["step"] == 3
+
+
+def test_sample_reads_the_authors_checkpoint_as_ids(capsys):
+    call("sample", "--checkpoint", GOLDEN / "official_tiny.pth", "--prompt", "1 2 3", "--pattern", "D4", "--tokens", 6, "--temperature", 0, "--device", "cpu")
+    text = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("1 2 3 "))
+    model, _ = load_checkpoint(GOLDEN / "official_tiny.pth")
+    assert list(map(int, text.split())) == model.generate(torch.tensor([[1, 2, 3]]), 6, "D4", temperature=0)[0].tolist()
+
+
+def test_defaults_train_the_laptop_preset_on_the_standard_library():
+    """No arguments: killed by Ctrl-C after the first log line, and the checkpoint is there."""
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 0010"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in err and "--resume goes on" in err
+    model, meta = load_checkpoint("out/dense.pt")
+    assert model.config == RATConfig(320, 4, 4, 128) and meta["train"]["data"] == "stdlib" and meta["train"]["arl"] == "D64"
+    assert 10 < meta["step"] < 300 and max(losses("out")) == meta["step"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+def test_resume_is_exact_bit_for_bit():
+    flags = [*TINY, "--data", "text", "--steps", 24, "--eval-interval", 8, "--log-interval", 1, "--arl", "D4"]
+    ok(script("train", *flags, "--out", "whole"))
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags), "--out", "cut"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 0010"):
+            process.kill()                                      # after the checkpoint of step 8
+            break
+    process.wait()
+    assert load_checkpoint("cut/dense.pt")[1]["step"] in (8, 16)
+    with open("cut/dense.jsonl", "a") as f:
+        f.write('{"step": 11, "los')                            # a line torn by the kill
+    ok(script("train", "--resume", "--out", "cut", "--device", "cpu"))
+    assert losses("cut") == losses("whole") and list(losses("whole")) == list(range(1, 25))
+    (a, meta_a), (b, meta_b) = load_checkpoint("whole/dense.pt"), load_checkpoint("cut/dense.pt")
+    assert all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert meta_a["val"] == meta_b["val"] and meta_a["rng"].equal(meta_b["rng"])
+    moments = [[z for state in meta["optimizer"]["state"].values() for z in state.values()] for meta in (meta_a, meta_b)]
+    assert all(x.equal(y) for x, y in zip(*moments))
+    again = script("train", "--resume", "--out", "cut", "--device", "cpu")
+    assert "is complete: 24 steps" in ok(again)
+
+
+def test_a_run_is_not_overwritten_by_accident(trained, capsys):
+    before = trained.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        call("train", *TINY, "--data", "text")
+    assert "--resume goes on with it, --overwrite starts anew" in str(stop.value) and trained.read_bytes() == before
+    ok(script("train", *TINY, "--data", "text", "--steps", 2, "--overwrite"))
+    assert load_checkpoint(trained)[1]["step"] == 2
+
+
+def test_arl_is_a_sparse_and_a_dense_update_on_the_same_batch():
+    """One step of `fit` equals two AdamW steps written out."""
+    torch.manual_seed(0)
+    config = train.TrainConfig(steps=3, warmup=0.0, clip=0.01, device="cpu", compile=False)
+    model, twin = RATPlus(RATConfig(64, 1, 2, 16)), RATPlus(RATConfig(64, 1, 2, 16))
+    twin.load_state_dict(model.state_dict())
+    batch = lambda step: torch.randint(64, (2, 4, 20), generator=torch.Generator().manual_seed(step)).unbind()
+    passes = [train.Pattern.parse(pattern) for pattern in ("D8", "D1")]
+    list(train.fit(model, config, passes, batch, train.new_optimizer(model, config)))
+    optimizer = torch.optim.AdamW(twin.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = train.schedule(step, 3, 0.0, config.lr, config.min_lr)
+        for pattern in ("D8", "D1"):
+            optimizer.zero_grad()
+            twin.loss(*batch(step), pattern).backward()
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+            optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        assert relative_error(p, q) < 1e-6, f"{name}: {relative_error(p, q):.1e}"
+
+
+def test_gradient_accumulation_changes_nothing():
+    torch.manual_seed(0)
+    model, idx, targets = RATPlus(RATConfig(64, 1, 2, 16)), torch.randint(64, (4, 20)), torch.randint(64, (4, 20))
+    targets[0, :15] = -100                                      # parts with unequal numbers of targets
+    grads, results = [], []
+    for parts in (1, 2, 4):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.zero_grad = lambda set_to_none: None          # keep the gradients to look at
+        for p in model.parameters():
+            p.grad = None
+        results.append(train.update(model, model.loss, optimizer, idx, targets, "D4", 1e9, parts))
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert all(relative_error(g, grads[0]) < 1e-5 for g in grads) and all(abs(loss - results[0][0]) < 1e-5 for loss, _ in results)
+
+
+def test_schedule_warms_up_and_falls_to_min_lr():
+    lrs = [train.schedule(step, 100, 0.05, 1e-3, 1e-6) for step in range(100)]
+    assert np.allclose(lrs[:5], [2e-4, 4e-4, 6e-4, 8e-4, 1e-3]) and lrs[5] == 1e-3
+    assert all(a >= b for a, b in zip(lrs[5:], lrs[6:])) and lrs[-1] < 3e-6
+    assert train.schedule(0, 10, 0.0, 1e-3, 1e-6) == 1e-3
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(poison):
+    """The last good checkpoint is poisoned in one weight, so that the next step's loss is not finite."""
+    flags = [*TINY, "--data", "text", "--steps", 30, "--eval-interval", 10, "--log-interval", 1]
+    ok(script("train", *flags, "--out", "run", "--steps", 10))
+    model, meta = load_checkpoint("run/dense.pt")
+    with torch.no_grad():
+        model.norm.weight[0] = poison
+    save_checkpoint("run/dense.pt", model, **meta)
+    before = Path("run/dense.pt").read_bytes()
+    done = script("train", "--resume", "--out", "run", "--steps", 30, "--device", "cpu")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "training stopped: loss" in done.stderr and "Traceback" not in done.stderr
+    assert Path("run/dense.pt").read_bytes() == before
+
+
+def test_no_loss_where_the_input_is_end_of_text():
+    tokens = np.array([5, 6, 256, 7, 8, 256, 9, 1, 2], np.uint16)
+    idx, targets = train.cut(tokens, [0, 1], 7, eot=256)
+    assert idx.tolist() == [[5, 6, 256, 7, 8, 256, 9], [6, 256, 7, 8, 256, 9, 1]]
+    assert targets.tolist() == [[6, 256, -100, 8, 256, -100, 1], [256, -100, 8, 256, -100, 1, 2]]
+    assert (train.cut(tokens, [0], 7)[1] == -100).sum() == 0
+
+
+def test_pretraining_reads_the_first_tokens_once_in_order():
+    config = train.TrainConfig(steps=5, batch_size=3, context=4, device="cpu")
+    starts = np.stack([train.in_order(step, config, 1000) for step in range(5)])
+    assert sorted(starts.flatten()) == list(range(0, 60, 4)), "each window of the first 5 * 3 * 4 tokens once"
+    assert (np.diff(starts, axis=0) == 4).all(), "each row goes on where it was"
+    wrapped = np.stack([train.in_order(step, config, 33) for step in range(5)])
+    assert wrapped.max() + 4 + 1 <= 33, "shorter data starts again, within its bounds"
+
+
+def test_adaptation_reads_at_random_offsets_that_repeat():
+    config = train.TrainConfig(batch_size=200, context=4, device="cpu")
+    a, b, again = train.at_random(0, config, 20), train.at_random(1, config, 20), train.at_random(0, config, 20)
+    assert (a == again).all() and (a != b).any() and a.min() == 0 and a.max() == 15
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+
+def flags(**kwargs):
+    return train.DataFlags(**{"context": 8, "device": "cpu", **kwargs})
+
+
+def test_text_is_split_by_document_and_cached(capsys):
+    Path("text/picture.png").write_bytes(b"\x89PNG\0\0")
+    Path("text/.hidden").write_text("no")
+    config = flags(data="text")
+    tokens, val, vocab = train.load_data(config)
+    assert vocab == 320 and config.tokenizer == "bytes" and config.eot == 256
+    documents = [bytes(doc.astype(np.uint8)).decode() for part in (tokens, val) for doc in np.split(part, np.flatnonzero(part == 256) + 1)[:-1] for doc in [doc[:-1]]]
+    assert sorted(documents) == sorted(Path(f"text/{i}.txt").read_text() for i in range(30)), "each document once, whole, in one part"
+    assert (val == 256).sum() == 1 and "30/30" in capsys.readouterr().err
+    again, _, _ = train.load_data(flags(data="text"))
+    assert capsys.readouterr().err == "" and again.tolist() == tokens.tolist(), "tokenized once"
+    Path("text/0.txt").write_text("changed " * 20)
+    train.load_data(flags(data="text"))
+    assert "30/30" in capsys.readouterr().err, "and again when a file has changed"
+
+
+def test_a_single_text_file_gives_its_last_tenth_to_validation():
+    Path("book.txt").write_text("é" * 500)
+    tokens, val, _ = train.load_data(flags(data="book.txt"))
+    assert len(tokens) == 900 and len(val) == 101 and val[-1] == 256
+
+
+def bins(tokens, val=None, folder="bins"):
+    os.makedirs(folder, exist_ok=True)
+    np.asarray(tokens, "<u2").tofile(f"{folder}/train.bin")
+    np.asarray(tokens if val is None else val, "<u2").tofile(f"{folder}/val.bin")
+
+
+def test_bins_give_the_vocabulary_and_end_of_text():
+    bins([3, 70, 1] * 10)
+    for given, (eot, vocab) in (({}, (-1, 128)), ({"eot": 3}, (3, 128)), ({"tokenizer": "gpt2"}, (50256, 50304)), ({"tokenizer": "bytes"}, (256, 320))):
+        config = flags(data="bins", **given)
+        assert train.load_data(config)[2] == vocab and config.eot == eot and config.tokenizer == given.get("tokenizer", "ids")
+    assert train.load_data(flags(data="bins"), vocab_size=71)[2] == 128
+    bins([3, 50256, 1] * 10)
+    config = flags(data="bins")
+    assert train.load_data(config)[2] == 50304 and config.eot == 50256
+    config = flags(data="bins", eot=-1)
+    train.load_data(config)
+    assert config.eot == -1
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_meta_pkl_is_never_unpickled():
+    bins([3, 70, 1] * 10)
+    with open("bins/meta.pkl", "wb") as f:
+        pickle.dump(Bomb(), f)
+    train.load_data(flags(data="bins"))
+    assert not os.path.exists("exploded")
+
+
+def test_gpt2_without_its_vocabulary_is_one_line(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no\nnetwork")
+    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    assert train.Tokenizer("gpt2").eot == 50256, "its size and end-of-text need no vocabulary"
+    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR") as error:
+        train.Tokenizer("gpt2").encode("text")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="GPT-2's vocabulary is no part of this repository: TIKTOKEN_CACHE_DIR is not set")
+def test_gpt2_tokenizes_and_streams_text():
+    text = "def f(x): return 'naïve 漢字 🙂'\n"
+    coder = train.Tokenizer("gpt2")
+    assert "".join(map(coder.decode, coder.encode(text))) == text
+    Path("text/0.txt").write_text(text * 20)
+    tokens, val, vocab = train.load_data(flags(data="text", tokenizer="gpt2"))
+    assert vocab == 50304 and max(tokens.max(), val.max()) == 50256
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve 漢字 🙂", ""])
+def test_bytes_decode_as_they_stream(text):
+    coder = train.Tokenizer("bytes")
+    assert "".join(map(coder.decode, coder.encode(text).tolist())) == text
+    assert train.Tokenizer("bytes").decode(256) == "<|endoftext|>" and train.Tokenizer("bytes").decode(300) == ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+
+def refused(capsys, name, *args, why):
+    """The call exits non-zero with one line on stderr that says why, and changes no checkpoint."""
+    def files():
+        return {path: path.read_bytes() for path in Path(".").rglob("*.pt")}
+    before = files()
+    with pytest.raises(SystemExit) as stop:
+        call(name, *args)
+    err = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code + "\n"
+    err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("\rtokenizing"))
+    assert stop.value.code not in (0, None) and why in err and err.count("\n") == 1 and "Traceback" not in err, err
+    assert files() == before, "a checkpoint changed"
+
+
+@pytest.mark.parametrize("name, args, why", [
+    ("train", ["--data", "nowhere"], "nowhere"),
+    ("train", ["--data", "empty"], "nothing in it"),
+    ("train", ["--data", "zeros.txt"], "no UTF-8 text"),
+    ("train", ["--data", "short.txt"], "more of them than the context"),
+    ("train", ["--data", "odd"], "odd/train.bin: 41 bytes"),
+    ("train", ["--data", "nothing"], "nothing/train.bin: 0 bytes"),
+    ("train", ["--data", "half"], "val.bin"),
+    ("train", ["--data", "large", "--vocab-size", "60"], "token 70 is beyond the vocabulary of 60"),
+    ("train", ["--data", "large", "--tokenizer", "bytes", "--arl", "D-1"], "'D-1'"),
+    ("train", ["--data", "text", "--arl", "D1/D2/D4"], "do not divide"),
+    ("train", ["--data", "text", "--n-head", "3"], "n_embd must split"),
+    ("train", ["--data", "text", "--resume"], "out/dense.pt"),
+    ("train", ["--data", "text", "--out", "file"], "file"),
+    ("train", ["--data", "text", "--device", "nonsense"], "--device nonsense"),
+    ("train", ["--preset", "huge"], "--preset"),
+    ("train", ["--nonsense"], "unrecognized arguments: --nonsense"),
+    ("train", ["--steps", "many"], "--steps"),
+    ("train", ["--steps", "0"], "--steps 0: must be a number from 1 up"),
+    ("train", ["--lr", "nan"], "--lr"),
+    ("train", ["--dtype", "float64"], "--dtype"),
+    ("adapt", [], "out/dense.pt"),
+    ("adapt", ["--checkpoint", "torn.pt"], "torn.pt: not a whole checkpoint"),
+    ("adapt", ["--checkpoint", "foreign.pt"], "foreign.pt: not a whole checkpoint"),
+    ("adapt", ["--checkpoint", GOLDEN / "official_tiny.pth"], "--data is needed"),
+    ("adapt", ["--checkpoint", GOLDEN / "official_tiny.pth", "--data", "large", "--context", "8"], "beyond the vocabulary of 37"),
+    ("eval", ["--checkpoint", "nowhere.pt"], "nowhere.pt"),
+    ("eval", ["--compare", "nowhere"], "nowhere/dense.pt"),
+    ("sample", ["--out", "nowhere"], "nowhere/dense.pt"),
+    ("sample", ["--nonsense"], "unrecognized arguments"),
+    ("sample", ["--checkpoint", "torn.pt"], "torn.pt: not a whole checkpoint"),
+])
+def test_bad_input_is_one_line(capsys, name, args, why):
+    for folder in ("empty", "odd", "nothing", "half"):
+        os.mkdir(folder)
+    Path("zeros.txt").write_bytes(b"\0" * 100)
+    Path("short.txt").write_text("short")
+    Path("file").write_text("a file, not a folder")
+    Path("torn.pt").write_bytes((GOLDEN / "official_tiny.pth").read_bytes()[:5000])
+    torch.save({"a": 1}, "foreign.pt")
+    Path("odd/train.bin").write_bytes(b"x" * 41)
+    Path("odd/val.bin").write_bytes(b"x" * 40)
+    for part in ("nothing/train.bin", "nothing/val.bin"):
+        Path(part).touch()
+    Path("half/train.bin").write_bytes(b"\0\0" * 100)
+    bins([3, 70, 1] * 10, folder="large")
+    refused(capsys, name, *(TINY if name == "train" else ["--device", "cpu"]), *args, why=why)
+
+
+@pytest.mark.parametrize("name, args, why", [
+    ("train", ["--resume", "--n-embd", "32", "--data", "text"], "it can't be resumed"),
+    ("adapt", ["--pattern", "D1/D2/D4"], "3 head groups do not divide 2 heads"),
+    ("adapt", ["--pattern", "D4", "D"], "'D'"),
+    ("adapt", ["--pattern", "D1,D4"], "2 layers are named, the model has 1"),
+    ("adapt", ["--data", "wide"], "token 400 is beyond the vocabulary of 320"),
+    ("eval", ["--pattern", "K16"], "'K16'"),
+    ("eval", ["--pattern", "N4K2"], "top-k"),
+    ("sample", ["--pattern", "D1/D2/D4"], "do not divide"),
+    ("sample", ["--max-len", "3", "--prompt", "1 + 1"], "the cache is too short"),
+    ("sample", ["--prompt", ""], "at least one token"),
+    ("sample", ["--temperature", "-1"], "--temperature"),
+    ("sample", ["--top-p", "2"], "top_p"),
+])
+def test_bad_input_beside_a_good_checkpoint_is_one_line(capsys, trained, name, args, why):
+    bins([3, 400, 1] * 20, folder="wide")
+    refused(capsys, name, "--device", "cpu", *args, why=why)
+
+
+def test_resume_refuses_another_shape(capsys):
+    ok(script("train", *TINY, "--data", "text", "--steps", 2))
+    refused(capsys, "train", "--resume", "--n-embd", "32", "--device", "cpu", why="the flags ask for RATConfig")
+    refused(capsys, "train", "--resume", "--no-recurrence", "--device", "cpu", why="the flags ask for RATConfig")
+
+
+def test_a_read_only_output_folder_is_refused(capsys):
+    os.mkdir("locked", 0o500)
+    if os.access("locked", os.W_OK):
+        out = "/proc/nothing"                                   # root may write anywhere but there
+        if not os.path.isdir("/proc"):
+            pytest.skip("root can write to any folder here")
+    else:
+        out = "locked"
+    refused(capsys, "train", *TINY, "--data", "text", "--out", out, why=out)
+
+
+def test_a_pipe_of_errors_is_one_line_through_the_real_command_line():
+    for name, args in (("train", ["--data", "nowhere"]), ("adapt", []), ("eval", ["--pattern", "D"]), ("sample", ["--top-k", "x"])):
+        done = script(name, *args)
+        assert done.returncode != 0 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"{name}.py: "), done.stderr
