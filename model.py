@@ -25,6 +25,7 @@ Read on: Pattern (which positions), Mixing (equations 1-5), Cache (what decoding
 import os
 import re
 import sys
+import warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 
@@ -195,7 +196,7 @@ class Mixing(nn.Module):
         y = []
         for i, (rule, heads) in enumerate(pattern.groups(self.layer, self.config.n_head)):     # (3)
             qkv = q[:, heads], k_rec[:, heads], v_rec[:, heads]
-            y.append(cache.groups[self.layer][i].attend(*qkv) if cache else attention(*qkv, *rule.span))
+            y.append(cache.groups[self.layer][i].attend(*qkv, cache.length) if cache else attention(*qkv, *rule.span))
         y = torch.cat([z.transpose(1, 2) for z in y], dim=2).view(B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                                     # (5)
 
@@ -232,7 +233,6 @@ class GroupCache:
 
     def __init__(self, span, batch, heads, Dh, max_len, dtype, device):
         dilation, window, sinks = self.span = span
-        self.length = 0                                                                # tokens seen
         self.D = dilation or FUTURE                                                    # none: the first grid position never comes
         self.sinks = min(sinks, max_len)
         self.ring = 0 if dilation == 1 else min(window, max_len)                       # D1: all are on the grid
@@ -241,33 +241,31 @@ class GroupCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def positions(self):
-        """The position in each slot filled so far, (slots,) int64; FUTURE in an empty one."""
-        last, device = self.length - 1, self.k.device
+    def positions(self, length):
+        """The position in each slot that is in use after `length` tokens, (slots,) int64; FUTURE in an empty one."""
+        last, device = length - 1, self.k.device
         sink = torch.arange(self.sinks, device=device)
         ring = last - (last - torch.arange(self.ring, device=device)) % max(self.ring, 1)      # the latest p with p mod W = slot
         ring = ring.masked_fill((ring < self.sinks) | on_grid(ring, self.D), FUTURE)           # before the start, or kept elsewhere
-        grid = torch.arange(self.first, max(self.first, self.length // self.D), device=device) * self.D + self.D - 1
+        grid = torch.arange(self.first, max(self.first, length // self.D), device=device) * self.D + self.D - 1
         p = torch.cat((sink, ring, grid))
         return p.masked_fill(p > last, FUTURE)
 
-    def attend(self, q, k_rec, v_rec):
-        """Attention of the next T tokens over what is held and over themselves, all (B, heads, T, Dh); then keep them."""
-        if self.length == 0:
+    def attend(self, q, k_rec, v_rec, length):
+        """Attention of T tokens, all (B, heads, T, Dh), over themselves and what is held of the `length` before them; then keep them."""
+        if length == 0:
             y = attention(q, k_rec, v_rec, *self.span)
         else:
-            p = self.positions()
-            t = torch.arange(self.length, self.length + q.shape[2], device=q.device)
+            p, t = self.positions(length), torch.arange(length, length + q.shape[2], device=q.device)
             k, v = self.k[:, :, :len(p)], self.v[:, :, :len(p)]
             y = attention_at(q, torch.cat((k, k_rec), dim=2), torch.cat((v, v_rec), dim=2), t, torch.cat((p, t)), *self.span)
-        self.keep(k_rec, v_rec)
+        self.keep(k_rec, v_rec, length)
         return y
 
-    def keep(self, k_rec, v_rec):
-        """Store those of the next T tokens that the query after them may attend to."""
-        p = torch.arange(self.length, self.length + k_rec.shape[2], device=self.k.device)
-        self.length += len(p)
-        kept = allowed(self.length, p, *self.span)
+    def keep(self, k_rec, v_rec, length):
+        """Store those of T tokens, the first at position `length`, that the query after them may attend to."""
+        p = torch.arange(length, length + k_rec.shape[2], device=self.k.device)
+        kept = allowed(length + len(p), p, *self.span)
         p = p[kept]
         slot = torch.where(on_grid(p, self.D), self.sinks + self.ring + (p + 1) // self.D - 1 - self.first,
                            self.sinks + p % max(self.ring, 1))
@@ -278,20 +276,16 @@ class GroupCache:
 class Cache:
     """What decoding keeps: RATPlus.new_cache makes it, prefill and step fill it, up to max_len tokens.
 
-    groups[layer][group]: a GroupCache. state[layer]: k~ (before RoPE) and v~ of the last token, 2 x (B, C) float32.
+    length: tokens seen so far. groups[layer][group]: a GroupCache. state[layer]: k~ (before RoPE) and v~ of the last
+    token, 2 x (B, C) float32.
     """
 
     def __init__(self, config, batch, max_len, pattern, dtype, device):
-        self.pattern, self.batch, self.max_len = pattern, batch, max_len
+        self.pattern, self.batch, self.max_len, self.length = pattern, batch, max_len, 0
         C, Dh, layers = config.n_embd, config.n_embd // config.n_head, range(config.n_layer)
         self.groups = [[GroupCache(rule.span, batch, heads.stop - heads.start, Dh, max_len, dtype, device)
                         for rule, heads in pattern.groups(i, config.n_head)] for i in layers]
         self.state = [torch.zeros(2, batch, C, device=device).unbind() if config.recurrence else () for _ in layers]
-
-    @property
-    def length(self):
-        """Tokens seen so far."""
-        return self.groups[0][0].length
 
     @property
     def nbytes(self):
@@ -302,7 +296,7 @@ class Cache:
     @property
     def slots(self):
         """slots[layer][group]: how many positions are held now."""
-        return [[int(allowed(group.length, group.positions(), *group.span).sum()) for group in layer] for layer in self.groups]
+        return [[int(allowed(self.length, group.positions(self.length), *group.span).sum()) for group in layer] for layer in self.groups]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -328,6 +322,8 @@ class RATPlus(nn.Module):
         x = self.embed(idx)
         for block in self.blocks:
             x = block(x, rope, pattern, cache)
+        if cache:
+            cache.length += idx.shape[1]
         return self.norm(x)
 
     def head(self, x):
@@ -402,6 +398,7 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None):
     probs, tokens = (logits.float() / temperature).softmax(-1).sort(descending=True)
     if top_k is not None:
         probs[:, top_k:] = 0
+        probs /= probs.sum(-1, keepdim=True)
     if top_p is not None:
         probs[probs.cumsum(-1) - probs >= top_p] = 0
     return tokens.gather(1, torch.multinomial(probs, 1))[:, 0]
@@ -435,7 +432,8 @@ def load_checkpoint(path, device="cpu"):
     meta holds what save_checkpoint was given. OSError if there is no file, ValueError if it is not a whole checkpoint.
     """
     try:
-        with open(path, "rb") as f, torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):    # EasyDict: a dict
+        with open(path, "rb") as f, warnings.catch_warnings(action="ignore"), \
+                torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):                      # an EasyDict reads as a dict
             data = torch.load(f, map_location="cpu", weights_only=True)
         data = data if "model" in data else from_authors(data)
         with torch.device("meta"):                                                     # no memory and no random numbers spent

@@ -56,7 +56,7 @@ def test_slots_are_the_positions_that_the_next_query_may_use():
             for i, (rule, _) in enumerate(pattern.groups(layer, 4)):
                 needed = allowed(torch.tensor(T), torch.arange(T), *rule.span)
                 assert groups[i] == needed.sum(), f"{pattern} layer {layer} group {i}"
-                held = cache.groups[layer][i].positions()
+                held = cache.groups[layer][i].positions(T)
                 held = held[held < T]
                 assert len(set(held.tolist())) == len(held), "a position is held once"
                 assert set(torch.arange(T)[needed].tolist()) <= set(held.tolist())
@@ -156,6 +156,8 @@ def test_sampling_draws_the_right_distribution():
     assert (frequencies(temperature=0.5) - (2 * logits[0]).softmax(-1)).abs().max() < 0.02
     assert (frequencies(top_k=2) - torch.tensor([probs[0], probs[1], 0, 0]) / probs[:2].sum()).abs().max() < 0.02
     assert (frequencies(top_p=0.7) - torch.tensor([probs[0], probs[1], 0, 0]) / probs[:2].sum()).abs().max() < 0.02
+    top_2_of_3 = torch.tensor([probs[0], probs[1], 0, 0]) / probs[:2].sum()             # 0.8 of what top_k left, not of all
+    assert (frequencies(top_k=3, top_p=0.8) - top_2_of_3).abs().max() < 0.02
     assert frequencies(top_p=0.01)[0] == 1 and frequencies(top_k=1)[0] == 1 and frequencies(temperature=0)[0] == 1
 
 
