@@ -6,14 +6,15 @@ Resolution adaptation: from one dense checkpoint to a sparse one per pattern.
 The pattern P is fixed and ARL is off. The learning rate starts at a tenth of pretraining's and falls along a cosine;
 batches are drawn at random offsets. The paper spends 1 % of the pretraining tokens on it.
 
-`python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt.
+`python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. Flags that are not given
+take what the pretraining used, but for --steps (1 % of its steps, at least 40), --lr (a tenth of its) and --warmup (none).
 """
 import os
 from dataclasses import asdict, dataclass
 
 from model import Pattern, load_checkpoint, save_checkpoint
-from train import (FitFlags, at_random, cut, evaluate, file_of, fingerprint, fit, flag, header, load_data, log_line, new_optimizer,
-                   of_run, open_log, parse_flags, report, run)
+from train import (FitFlags, at_random, cut, evaluate, file_of, fingerprint, fit, flag, header, load_data, log_line,
+                   new_optimizer, of_run, open_log, parse_flags, report, run)
 
 
 @dataclass
@@ -28,11 +29,15 @@ def main():
     dense = config.checkpoint or os.path.join(config.out, "dense.pt")
     model, meta = load_checkpoint(dense, config.device)
     pretraining = {"steps": 0, "lr": 1e-3, **meta.get("train", {})}
-    config = of_run(AdaptConfig, dense, meta, {"steps": max(40, pretraining["steps"] // 100), "lr": pretraining["lr"] / 10, "warmup": 0.0, **given})
+    recipe = {"steps": max(40, pretraining["steps"] // 100), "lr": pretraining["lr"] / 10, "warmup": 0.0}
+    config = of_run(AdaptConfig, dense, meta, {**recipe, **given})
     patterns = [Pattern.parse(pattern).fit(model.config) for pattern in config.pattern]
-    done = [file_of(pattern, config.out) for pattern in patterns if os.path.exists(file_of(pattern, config.out))]
-    if done and not (config.resume or config.overwrite):
-        raise ValueError(f"{done[0]} exists: --resume leaves it and adapts to the others, --overwrite adapts anew")
+    parent, done = fingerprint(model), []
+    for path in (file_of(pattern, config.out) for pattern in patterns):
+        if os.path.exists(path) and not config.overwrite:
+            if not config.resume or load_checkpoint(path)[1].get("parent") != parent:
+                raise ValueError(f"{path} exists: --resume keeps it if {dense} is its parent, --overwrite adapts anew")
+            done.append(path)
     train, val, _ = load_data(config, model.config.vocab_size)
     os.makedirs(config.out, exist_ok=True)
     header(model, config)
@@ -43,20 +48,20 @@ def main():
     dense_loss, rows = evaluate(model, val, "D1", config), []
     for pattern in patterns:
         path = file_of(pattern, config.out)
-        if config.resume and path in done:
+        if path in done:
             continue
         model, _ = load_checkpoint(dense, config.device)
-        parent, before = fingerprint(model), evaluate(model, val, pattern, config)
+        before = evaluate(model, val, pattern, config)
         with open_log(path[:-len("pt")] + "jsonl") as log:
             report(log, f"{pattern} | {config}", pattern=str(pattern), config=asdict(config))
             for record in fit(model, config, [pattern], batch, new_optimizer(model, config)):
                 if record["step"] % config.log_interval == 0 or record["step"] == config.steps:
                     report(log, f"{pattern} | {log_line(record, config)}", **record)
             after = evaluate(model, val, pattern, config)
-            save_checkpoint(path, model, step=config.steps, pattern=str(pattern), parent=parent, tokenizer=meta["tokenizer"],
-                            val={str(pattern): after}, train=meta.get("train", {}), adapt=asdict(config))
-            report(log, f"{pattern} | val dense {dense_loss:.4f}, sparse before {before:.4f}, after {after:.4f} | saved {path}",
-                   step=config.steps, dense=dense_loss, before=before, after=after)
+            save_checkpoint(path, model, step=config.steps, pattern=str(pattern), parent=parent, val={str(pattern): after},
+                            tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=asdict(config))
+            losses = f"dense {dense_loss:.4f}, sparse before {before:.4f}, after {after:.4f}"
+            report(log, f"{pattern} | val {losses} | saved {path}", dense=dense_loss, before=before, after=after)
         rows.append(f"| {pattern} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")
     print("\n| pattern | dense loss | sparse before | sparse after |\n|---|---|---|---|", *rows, sep="\n")
 

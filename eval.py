@@ -6,7 +6,7 @@ What sparsity costs and saves, a row a pattern, as a Markdown table and a Mermai
   cache(P) = bytes of the decoding cache after one window, counted on its tensors, per token of the window
 
 `python eval.py` reads out/dense.pt and the adapted checkpoints beside it; `python eval.py --compare out out/attention`
-puts several runs side by side.
+puts several runs side by side. Flags that are not given take what each run's pretraining used.
 """
 import glob
 import math
@@ -26,8 +26,11 @@ class EvalConfig(DataFlags):
 
 def keys_per_token(pattern, config, T):
     """Mean number of keys per query in a window of T tokens, over positions, layers and heads."""
-    groups = [(i, j, heads.stop - heads.start) for i in range(config.n_layer) for j, (_, heads) in enumerate(pattern.groups(i, config.n_head))]
-    return sum(pattern.mask(T, i, j).sum().item() / T * heads for i, j, heads in groups) / (config.n_layer * config.n_head)
+    total = 0.0
+    for i in range(config.n_layer):
+        for j, (_, heads) in enumerate(pattern.groups(i, config.n_head)):
+            total += pattern.mask(T, i, j).sum().item() * (heads.stop - heads.start)
+    return total / (T * config.n_layer * config.n_head)
 
 
 def adapted_checkpoints(dense, parent, device):
@@ -60,45 +63,53 @@ def measure(dense, given):
         for label, version in weights.items():
             losses[pattern, label] = evaluate(version, val, parsed, config)
             print(f"{pattern} {label}: loss {losses[pattern, label]:.4f}", flush=True)
-    kind = "attention-only" if not model.config.recurrence else "RAT+ without ARL" if meta.get("train", {}).get("arl") == "none" else "RAT+"
+    arl = meta.get("train", {}).get("arl") != "none"
+    kind = "attention-only" if not model.config.recurrence else "RAT+" if arl else "RAT+ without ARL"
     return f"{kind} ({dense if config.checkpoint else os.path.dirname(dense)})", losses, costs
 
 
 def table(runs):
-    """The Markdown table of several `measure`s; the gap is to the run's own dense loss."""
-    columns = ["pattern", "weights", "keys per token"]
+    """The Markdown table of several `measure`s.
+
+    gap: to the run's own dense loss. Keys and cache: of the first run that has the pattern; those of a run without
+    recurrence are smaller by the recurrent state.
+    """
+    lines = [["pattern", "weights", "keys per token", "cache bytes per token"]]
     for name, _, _ in runs:
-        columns += [f"{name}: loss", "gap", "perplexity", "cache bytes per token"]
-    lines = [columns, ["---"] * len(columns)]
+        lines[0] += [f"{name}: loss", "gap", "perplexity"]
+    lines.append(["---"] * len(lines[0]))
+    costs = {pattern: cost for _, _, costs in runs[::-1] for pattern, cost in costs.items()}
     for pattern, label in dict.fromkeys(key for _, losses, _ in runs for key in losses):
-        cells = []
-        for _, losses, costs in runs:
-            if (loss := losses.get((pattern, label))) is None:
-                cells += ["–"] * 4
+        keys, cache, share = costs[pattern]
+        lines.append([pattern, label, f"{keys:.1f}", f"{cache:.0f} ({share:.1%})"])
+        for _, losses, _ in runs:
+            if loss := losses.get((pattern, label)):
+                lines[-1] += [f"{loss:.3f}", f"{loss - losses['D1', 'dense']:+.3f}", f"{math.exp(loss):.2f}"]
             else:
-                keys, cache, share = costs[pattern]
-                cells += [f"{loss:.3f}", f"{loss - losses['D1', 'dense']:+.3f}", f"{math.exp(loss):.2f}", f"{cache:.0f} ({share:.1%})"]
-        lines.append([pattern, label, f"{keys:.1f}", *cells])
+                lines[-1] += ["–"] * 3
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def chart(runs):
     """A Mermaid chart: a line per run, over the patterns that all have; adapted weights where there are any."""
+    def best(losses, pattern):
+        return next(losses[pattern, label] for label in ("adapted", "dense", "switched") if (pattern, label) in losses)
+
     patterns = [pattern for pattern in runs[0][2] if all(pattern in costs for _, _, costs in runs)]
-    lines = [[losses.get((pattern, "adapted")) or losses.get((pattern, "switched")) or losses[pattern, "dense"] for pattern in patterns]
-             for _, losses, _ in runs]
-    low, high = min(map(min, lines)), max(map(max, lines))
-    return "\n".join(["```mermaid", "xychart-beta", f'    title "validation loss, from the first line on: {", ".join(run[0] for run in runs)}"',
+    lines = [[best(losses, pattern) for pattern in patterns] for _, losses, _ in runs]
+    low, high = min(map(min, lines)) - 0.1, max(map(max, lines)) + 0.1
+    return "\n".join(["```mermaid", "xychart-beta", f'    title "validation loss: {", ".join(name for name, _, _ in runs)}"',
                       "    x-axis [" + ", ".join(f'"{pattern}"' for pattern in patterns) + "]",
-                      f'    y-axis "nats per token" {low - 0.1:.1f} --> {high + 0.1:.1f}',
+                      f'    y-axis "nats per token" {low:.1f} --> {high:.1f}',
                       *("    line [" + ", ".join(f"{loss:.3f}" for loss in line) + "]" for line in lines), "```"])
 
 
 def main():
     given = parse_flags(EvalConfig, __doc__)
     config = EvalConfig(**given)
-    runs = [measure(dense, given) for dense in ([config.checkpoint] if config.checkpoint else
-                                                [os.path.join(folder, "dense.pt") for folder in config.compare or [config.out]])]
+    folders = config.compare or [config.out]
+    checkpoints = [config.checkpoint] if config.checkpoint else [os.path.join(folder, "dense.pt") for folder in folders]
+    runs = [measure(dense, given) for dense in checkpoints]
     print("", table(runs), "", chart(runs), sep="\n")
 
 

@@ -62,7 +62,7 @@ def linear_scan(a, b, h0):
 
 
 class Recurrence(torch.autograd.Function):
-    """Equation (2) with its own backward: autograd through T steps would store T states; a reverse scan needs one.
+    """Equation (2) with its own backward: one scan in reverse, where autograd would retrace every step.
 
     With d_t = dL/dh_t, counting every later step's use of h_t (k and v each have such a chain):
         d_t  = dy_t + a_{t+1} * d_{t+1}                        the same scan, run from the end
@@ -152,7 +152,8 @@ def attention(q, k_rec, v_rec, dilation, window, sinks, block=128):
     for q_block, t in zip(q.split(block, dim=2), torch.arange(q.shape[2], device=q.device).split(block)):
         p = torch.arange(t[-1] + 1, device=q.device)
         p = p[allowed(t[-1], p, dilation, window + len(t) - 1, sinks)]     # as far back as the block's first query sees
-        y.append(attention_at(q_block, k_rec.index_select(2, p), v_rec.index_select(2, p), t, p, dilation, window, sinks))
+        k, v = k_rec.index_select(2, p), v_rec.index_select(2, p)
+        y.append(attention_at(q_block, k, v, t, p, dilation, window, sinks))
     return torch.cat(y, dim=2)
 
 
@@ -178,13 +179,13 @@ def attention_ref(q, k_rec, v_rec, dilation, window, sinks):
 
 
 def relative_error(x, ref):
-    """||x - ref|| / ||ref||, in float64; where the reference is all but zero, as some gradients are, ||x - ref|| itself."""
+    """||x - ref|| / ||ref||, in float64; ||x - ref|| itself where ||ref|| < 1, as some gradients are all but zero."""
     x, ref = x.double(), ref.double()
     return ((x - ref).norm() / ref.norm().clamp(min=1)).item()
 
 
 def compare(op, ref, names, inputs):
-    """Run `op` in the dtype of `inputs` and `ref` in float64; yield (name, relative error) for every output and gradient.
+    """Run `op` in the dtype of `inputs`, `ref` in float64; yield (name, relative error) of every output and gradient.
 
     names: (names of the outputs, names of the inputs). The loss is a random weighting of all outputs.
     """
@@ -194,7 +195,8 @@ def compare(op, ref, names, inputs):
     weights = [torch.randn_like(y) for y in outputs64]
     grads = torch.autograd.grad(sum((y.double() * w).sum() for y, w in zip(outputs, weights)), inputs)
     grads64 = torch.autograd.grad(sum((y * w).sum() for y, w in zip(outputs64, weights)), inputs64)
-    for name, x, x64 in zip([*names[0], *("d" + name for name in names[1])], (*outputs, *grads), (*outputs64, *grads64)):
+    names = [*names[0], *("d" + name for name in names[1])]
+    for name, x, x64 in zip(names, (*outputs, *grads), (*outputs64, *grads64)):
         yield name, relative_error(x, x64)
 
 
@@ -229,7 +231,8 @@ def main():
         case, name, error, limit = max(rows, key=lambda row: (math.isnan(row[2]), row[2]))
         bad = sum(not row[2] <= limit for row in rows)
         failed += bad
-        print(f"| {op} | {dtype} | {len(rows)} | {error:.1e} | {limit:.0e}{f', {bad} FAILED' * (bad > 0)} | {name} at {case} |")
+        verdict = f"{limit:.0e}, {bad} FAILED" if bad else f"{limit:.0e}"
+        print(f"| {op} | {dtype} | {len(rows)} | {error:.1e} | {verdict} | {name} at {case} |")
     sys.exit(failed > 0)
 
 

@@ -56,8 +56,8 @@ class Rule:
     def span(self):
         """(dilation, window, sinks), the arguments of `allowed` and `attention`. ValueError for top-k."""
         if self.topk:
-            raise ValueError(f"pattern '{self}': top-k blocks follow the data, so they have no fixed mask, and the model "
-                             "does not compute them yet. A right one is D16W256S4")
+            raise ValueError(f"pattern '{self}': top-k blocks follow the data, so they have no fixed mask, "
+                             "and the model does not compute them yet. A right one is D16W256S4")
         return self.dilation, self.window, self.sinks
 
 
@@ -76,7 +76,7 @@ class Pattern:
             match = re.fullmatch("".join(f"(?:{letter}([0-9]{{1,9}}))?" for letter in "DWSNK"), part)
             value = {letter: int(digits) for letter, digits in zip("DWSNK", match.groups()) if digits} if match else {}
             if not value:
-                refuse(f"{part!r} is not made of the fields D W S N K, in this order, with a number of up to 9 digits after each")
+                refuse(f"{part!r} is not made of fields D W S N K, in this order, a number of up to 9 digits after each")
             if 0 in (value.get("D"), value.get("N"), value.get("K")):
                 refuse("D, N and K start at 1 (no dilated positions: leave D out)")
             if ("N" in value) != ("K" in value):
@@ -98,12 +98,14 @@ class Pattern:
     def fit(self, config):
         """Self, if a model of this shape can run it; ValueError in one line if not."""
         if len(self.layers) > config.n_layer:
-            raise ValueError(f"pattern '{self}': {len(self.layers)} layers are named, the model has {config.n_layer}. A right one is D1,D64")
+            raise ValueError(f"pattern '{self}': {len(self.layers)} layers are named, the model has {config.n_layer}. "
+                             "A right one is D1,D64")
         for rules in self.layers:
             if config.n_head % len(rules):
-                raise ValueError(f"pattern '{self}': {len(rules)} head groups do not divide {config.n_head} heads. A right one is D1/D64")
+                raise ValueError(f"pattern '{self}': {len(rules)} head groups do not divide {config.n_head} heads. "
+                                 "A right one is D1/D64")
             for rule in rules:
-                rule.span                                                              # refuses top-k
+                rule.span                                          # refuses top-k
         return self
 
     def groups(self, layer, n_head):
@@ -125,8 +127,9 @@ class Pattern:
                 mask, (dilation, _, sinks) = self.mask(T, i, j), rule.span
                 letters = ["D" if dilation and (p + 1) % dilation == 0 else "S" if p < sinks else "W" for p in range(T)]
                 lines.append(f"{rule}: layer {i} of every {len(self.layers)}, head group {j} of {len(rules)}")
-                lines += [f"{t:4} " + " ".join(letters[p] if mask[t, p] else "." for p in range(t + 1)) for t in range(T)]
-                lines.append(f"     a row a query, a column a key; {mask.sum() / T:.1f} keys per query, dense {(T + 1) / 2:.1f}\n")
+                for t in range(T):
+                    lines.append(f"{t:4} " + " ".join(letters[p] if mask[t, p] else "." for p in range(t + 1)))
+                lines.append(f"     {mask.sum() / T:.1f} keys per query, dense {(T + 1) / 2:.1f}\n")
         return "\n".join(lines)
 
 
@@ -144,7 +147,7 @@ class RATConfig:
 
     def __post_init__(self):
         if min(self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1 or self.n_embd % (2 * self.n_head):
-            raise ValueError(f"{self}: sizes must be at least 1, and n_embd must split into n_head heads of even width (RoPE pairs channels)")
+            raise ValueError(f"{self}: sizes must be at least 1, and n_embd must split into n_head heads of even width")
 
 
 PRESETS = {
@@ -178,27 +181,27 @@ class Mixing(nn.Module):
         C = config.n_embd
         self.config, self.layer = config, layer
         self.norm = nn.RMSNorm(C, eps=1e-6)
-        self.in_proj = nn.Linear(C, (5 if config.recurrence else 4) * C, bias=False)   # rows: o, q, k, v, g
+        self.in_proj = nn.Linear(C, (5 if config.recurrence else 4) * C, bias=False)     # rows: o, q, k, v, g
         self.out_proj = nn.Linear(C, C, bias=False)
 
     def forward(self, x, rope, pattern, cache=None):
         """x (B, T, C) -> (B, T, C). rope: cos and sin of x's positions. With a Cache, x continues what it has seen."""
         B, T, C = x.shape
-        o, q, k, v, *g = self.in_proj(self.norm(x)).split(C, dim=-1)                   # (1)
-        if self.config.recurrence:
-            k_rec, v_rec, state = recurrence(k, v, *g, cache.state[self.layer] if cache else None)     # (2)
+        H = self.config.n_head
+        o, q, k, v, *g = self.in_proj(self.norm(x)).split(C, dim=-1)                     # (1)
+        k_rec, v_rec = k, v
+        if self.config.recurrence:                                                       # (2)
+            k_rec, v_rec, state = recurrence(k, v, *g, cache.state[self.layer] if cache else None)
             if cache:
                 cache.state[self.layer] = state
-        else:
-            k_rec, v_rec = k, v
-        q, k_rec, v_rec = (z.view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k_rec, v_rec))    # (B, H, T, Dh)
-        q, k_rec = rotate(q, *rope), rotate(k_rec, *rope)                              # a key turns once, after the recurrence
+        q, k_rec, v_rec = (z.view(B, T, H, C // H).transpose(1, 2) for z in (q, k_rec, v_rec))
+        q, k_rec = rotate(q, *rope), rotate(k_rec, *rope)                                # after the recurrence
         y = []
-        for i, (rule, heads) in enumerate(pattern.groups(self.layer, self.config.n_head)):     # (3)
-            qkv = q[:, heads], k_rec[:, heads], v_rec[:, heads]
+        for i, (rule, heads) in enumerate(pattern.groups(self.layer, H)):                # (3), (4)
+            qkv = q[:, heads], k_rec[:, heads], v_rec[:, heads]                          # (B, heads, T, Dh)
             y.append(cache.groups[self.layer][i].attend(*qkv, cache.length) if cache else attention(*qkv, *rule.span))
         y = torch.cat([z.transpose(1, 2) for z in y], dim=2).view(B, T, C)
-        return self.out_proj(torch.sigmoid(o) * y)                                     # (5)
+        return self.out_proj(torch.sigmoid(o) * y)                                       # (5)
 
 
 class Block(nn.Module):
@@ -233,10 +236,10 @@ class GroupCache:
 
     def __init__(self, span, batch, heads, Dh, max_len, dtype, device):
         dilation, window, sinks = self.span = span
-        self.D = dilation or FUTURE                                                    # none: the first grid position never comes
+        self.D = dilation or FUTURE                                # without a grid: its first position never comes
         self.sinks = min(sinks, max_len)
-        self.ring = 0 if dilation == 1 else min(window, max_len)                       # D1: all are on the grid
-        self.first = sinks // self.D                                                   # blocks whose last position is a sink
+        self.ring = 0 if dilation == 1 else min(window, max_len)   # D1: every position is on the grid
+        self.first = sinks // self.D                               # blocks of D whose last position is a sink
         shape = batch, heads, self.sinks + self.ring + max(0, max_len // self.D - self.first), Dh
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -245,20 +248,24 @@ class GroupCache:
         """The position in each slot that is in use after `length` tokens, (slots,) int64; FUTURE in an empty one."""
         last, device = length - 1, self.k.device
         sink = torch.arange(self.sinks, device=device)
-        ring = last - (last - torch.arange(self.ring, device=device)) % max(self.ring, 1)      # the latest p with p mod W = slot
-        ring = ring.masked_fill((ring < self.sinks) | on_grid(ring, self.D), FUTURE)           # before the start, or kept elsewhere
+        slot = torch.arange(self.ring, device=device)
+        ring = last - (last - slot) % max(self.ring, 1)            # the latest p with p mod W = slot
+        ring = ring.masked_fill((ring < self.sinks) | on_grid(ring, self.D), FUTURE)     # it has its slot elsewhere
         grid = torch.arange(self.first, max(self.first, length // self.D), device=device) * self.D + self.D - 1
         p = torch.cat((sink, ring, grid))
         return p.masked_fill(p > last, FUTURE)
 
     def attend(self, q, k_rec, v_rec, length):
-        """Attention of T tokens, all (B, heads, T, Dh), over themselves and what is held of the `length` before them; then keep them."""
+        """Attention of T tokens over themselves and what is held of the `length` before them; then keep them.
+
+        q, k_rec, v_rec: (B, heads, T, Dh), after RoPE. Returns (B, heads, T, Dh).
+        """
         if length == 0:
             y = attention(q, k_rec, v_rec, *self.span)
         else:
             p, t = self.positions(length), torch.arange(length, length + q.shape[2], device=q.device)
-            k, v = self.k[:, :, :len(p)], self.v[:, :, :len(p)]
-            y = attention_at(q, torch.cat((k, k_rec), dim=2), torch.cat((v, v_rec), dim=2), t, torch.cat((p, t)), *self.span)
+            k, v = torch.cat((self.k[:, :, :len(p)], k_rec), dim=2), torch.cat((self.v[:, :, :len(p)], v_rec), dim=2)
+            y = attention_at(q, k, v, t, torch.cat((p, t)), *self.span)
         self.keep(k_rec, v_rec, length)
         return y
 
@@ -267,8 +274,8 @@ class GroupCache:
         p = torch.arange(length, length + k_rec.shape[2], device=self.k.device)
         kept = allowed(length + len(p), p, *self.span)
         p = p[kept]
-        slot = torch.where(on_grid(p, self.D), self.sinks + self.ring + (p + 1) // self.D - 1 - self.first,
-                           self.sinks + p % max(self.ring, 1))
+        grid = self.sinks + self.ring + (p + 1) // self.D - 1 - self.first
+        slot = torch.where(on_grid(p, self.D), grid, self.sinks + p % max(self.ring, 1))
         slot = torch.where(p < self.sinks, p, slot)
         self.k[:, :, slot], self.v[:, :, slot] = k_rec[:, :, kept], v_rec[:, :, kept]
 
@@ -290,25 +297,28 @@ class Cache:
     @property
     def nbytes(self):
         """Bytes of all tensors, as allocated."""
-        keys_values = [z for layer in self.groups for group in layer for z in (group.k, group.v)]
-        return sum(z.nbytes for z in (*keys_values, *(z for state in self.state for z in state)))
+        groups = [group for layer in self.groups for group in layer]
+        states = [z for state in self.state for z in state]
+        return sum(z.nbytes for z in [*(group.k for group in groups), *(group.v for group in groups), *states])
 
     @property
     def slots(self):
         """slots[layer][group]: how many positions are held now."""
-        return [[int(allowed(self.length, group.positions(self.length), *group.span).sum()) for group in layer] for layer in self.groups]
+        def held(group):
+            return int(allowed(self.length, group.positions(self.length), *group.span).sum())
+        return [[held(group) for group in layer] for layer in self.groups]
 
 
 # ---------------------------------------------------------------------------------------------
 # The model
 
 class RATPlus(nn.Module):
-    """The language model. Its weights know no pattern: every call names one, as text or Pattern, D1 (dense) if left out."""
+    """The language model. Its weights know no pattern: every call names one, as text or Pattern; left out: D1, dense."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)                    # also the output head
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)    # also the output head
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         for p in self.parameters():
@@ -318,7 +328,8 @@ class RATPlus(nn.Module):
     def hidden(self, idx, pattern, cache=None):
         """(B, T) int -> (B, T, C): everything but the output head. With a cache, idx continues what it has seen."""
         start = cache.length if cache else 0
-        rope = rope_angles(torch.arange(start, start + idx.shape[1], device=idx.device), self.config.n_embd // self.config.n_head)
+        t = torch.arange(start, start + idx.shape[1], device=idx.device)
+        rope = rope_angles(t, self.config.n_embd // self.config.n_head)
         x = self.embed(idx)
         for block in self.blocks:
             x = block(x, rope, pattern, cache)
@@ -340,14 +351,14 @@ class RATPlus(nn.Module):
         return total / (targets != -100).sum().clamp(min=1)
 
     def new_cache(self, batch, max_len, pattern="D1", device=None):
-        """An empty Cache for `batch` sequences of up to max_len tokens, in the compute dtype: autocast's, or the weights'.
+        """An empty Cache for `batch` sequences of up to max_len tokens, in the compute dtype (autocast's or the weights').
 
         device: the weights' own; "meta" allocates nothing and still knows its nbytes.
         """
-        weight = self.embed.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return Cache(self.config, batch, max_len, Pattern.parse(pattern).fit(self.config), dtype, device or weight.device)
+        weight, kind = self.embed.weight, self.embed.weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        pattern = Pattern.parse(pattern).fit(self.config)
+        return Cache(self.config, batch, max_len, pattern, dtype, device or weight.device)
 
     @torch.no_grad()
     def prefill(self, idx, cache):
@@ -356,9 +367,10 @@ class RATPlus(nn.Module):
         ValueError, with the cache untouched, if idx has another batch size or would run past max_len.
         """
         if idx.dim() != 2 or idx.shape[1] < 1 or len(idx) != cache.batch:
-            raise ValueError(f"prefill: the tokens' shape is {tuple(idx.shape)}, the cache wants ({cache.batch}, T) with T >= 1")
+            raise ValueError(f"prefill: tokens of shape {tuple(idx.shape)}, the cache wants ({cache.batch}, T >= 1)")
         if cache.length + idx.shape[1] > cache.max_len:
-            raise ValueError(f"the cache is too short: {cache.length} tokens seen + {idx.shape[1]} new > max_len {cache.max_len}")
+            raise ValueError(f"the cache is too short: {cache.length} tokens seen + {idx.shape[1]} new > "
+                             f"max_len {cache.max_len}")
         return self.head(self.hidden(idx, cache.pattern, cache)[:, -1])
 
     def step(self, token, cache):
@@ -392,7 +404,8 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None):
     """Draw a token (B,) from logits (B, V), in float32. Temperature 0: the likeliest. top_k: among the k likeliest.
     top_p: among the fewest whose probabilities reach p."""
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"sampling wants temperature >= 0, top_k >= 1, 0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
+        raise ValueError("sampling wants temperature >= 0, top_k >= 1, 0 < top_p <= 1; "
+                         f"got {temperature}, {top_k}, {top_p}")
     if temperature == 0:
         return logits.argmax(-1)
     probs, tokens = (logits.float() / temperature).softmax(-1).sort(descending=True)
@@ -419,7 +432,7 @@ def save_checkpoint(path, model, **meta):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:                                           # torch's writer: RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:                       # RuntimeError: torch's writer on a full disk
         raise OSError(f"{path} is not saved, an older one is as it was ({str(error).splitlines()[0]})") from error
     finally:
         if os.path.exists(partial):
@@ -429,26 +442,27 @@ def save_checkpoint(path, model, **meta):
 def load_checkpoint(path, device="cpu"):
     """(model, meta) from our file or the authors' .pth. Nothing in the file is executed.
 
-    meta holds what save_checkpoint was given. OSError if there is no file, ValueError if it is not a whole checkpoint.
+    meta: what save_checkpoint was given; tokenizer "ids" and pattern "D1" where it says nothing else.
+    OSError if there is no file, ValueError if it is not a whole checkpoint.
     """
     try:
-        with open(path, "rb") as f, warnings.catch_warnings(action="ignore"), \
-                torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")]):                      # an EasyDict reads as a dict
+        easydict = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])    # reads as a plain dict
+        with open(path, "rb") as f, easydict, warnings.catch_warnings(action="ignore"):
             data = torch.load(f, map_location="cpu", weights_only=True)
         data = data if "model" in data else from_authors(data)
-        with torch.device("meta"):                                                     # no memory and no random numbers spent
+        with torch.device("meta"):                                 # spends no memory and no random numbers
             model = RATPlus(RATConfig(**data.pop("config")))
         model.load_state_dict(data.pop("model"), assign=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except Exception as error:                                                         # torn or foreign: torch raises all kinds
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{path}: not a whole checkpoint, ours or the authors' ({type(error).__name__}: {reason})") from error
-    return model.to(device).eval(), data
+    except Exception as error:                                     # torn or foreign: torch raises all kinds
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise ValueError(f"{path}: not a whole checkpoint, ours or the authors' ({reason})") from error
+    return model.to(device).eval(), {"tokenizer": "ids", "pattern": "D1", **data}
 
 
-AUTHORS_NAMES = {"_orig_mod.": "", "embedding.wte": "embed", "backbone.ln": "norm", "backbone.layers": "blocks", "seq_layer.input_norm": "mix.norm",
-                 "seq_layer": "mix", "hidden_layer.ln": "norm", "hidden_layer.": ""}
+AUTHORS_NAMES = {"_orig_mod.": "", "embedding.wte": "embed", "backbone.ln": "norm", "backbone.layers": "blocks",
+                 "seq_layer.input_norm": "mix.norm", "seq_layer": "mix", "hidden_layer.ln": "norm", "hidden_layer.": ""}
 
 
 def from_authors(data):
@@ -466,8 +480,9 @@ def from_authors(data):
         weights[in_proj] = weights[in_proj] if gate is None else torch.cat((weights[in_proj], gate))
     V, C = embed.shape
     Dh = data["config"]["model"]["backbone"]["seq_cell"]["d_head"] if "config" in data else 128
-    config = dict(vocab_size=V, n_layer=n_layer, n_head=C // Dh, n_embd=C, recurrence=len(weights["blocks.0.mix.in_proj.weight"]) == 5 * C)
-    return {"config": config, "model": weights, "step": data.get("step"), "tokenizer": "ids", "pattern": "D1"}
+    recurrence = len(weights["blocks.0.mix.in_proj.weight"]) == 5 * C
+    config = dict(vocab_size=V, n_layer=n_layer, n_head=C // Dh, n_embd=C, recurrence=recurrence)
+    return {"config": config, "model": weights, "step": data.get("step")}
 
 
 if __name__ == "__main__":

@@ -46,20 +46,23 @@ def main():
     prompt = ("1" if coder.name == "ids" else "def ") if config.prompt is None else config.prompt
     idx = torch.tensor([list(coder.encode(prompt))], dtype=torch.long, device=config.device)
     if idx.numel() == 0 or idx.max() >= model.config.vocab_size:
-        raise ValueError(f"--prompt {prompt[:40]!r}: it must be at least one token, each below the vocabulary of {model.config.vocab_size}")
-    torch.manual_seed(config.seed)
+        raise ValueError(f"--prompt {prompt[:40]!r}: at least one token is needed, each below {model.config.vocab_size}")
     cache = model.new_cache(1, config.max_len or idx.shape[1] + config.tokens, pattern)
-    print(f"{path} with {pattern}\n\n{prompt}", end=" " * (coder.name == "ids"), flush=True)
+    start = time.perf_counter()
+    model.generate(idx[:, :1], 2, pattern)
+    print(f"{path} with {pattern}, warmed up in {1e3 * (time.perf_counter() - start):.0f} ms\n")
+    print(prompt, end=" " * (coder.name == "ids"), flush=True)
 
     start, prefilled, n = time.perf_counter(), None, 0
+    torch.manual_seed(config.seed)
     for token in model.stream(idx, config.tokens, cache, config.temperature, config.top_k, config.top_p, coder.eot):
         token = token.item()
         prefilled, n = prefilled or time.perf_counter(), n + 1
         print(coder.decode(token), end="", flush=True)
     decoding = time.perf_counter() - prefilled
     dense = model.new_cache(1, cache.max_len, "D1", device="meta").nbytes
-    print(f"\n\nprefill {idx.shape[1]} tokens {1e3 * (prefilled - start):.1f} ms | decode {(n - 1) / max(decoding, 1e-9):.1f} tok/s | "
-          f"cache {cache.nbytes / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB ({cache.nbytes / dense:.1%})")
+    print(f"\n\nprefill {idx.shape[1]} tokens {1e3 * (prefilled - start):.1f} ms | decode {(n - 1) / max(decoding, 1e-9):.1f} "
+          f"tok/s | cache {cache.nbytes / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB ({cache.nbytes / dense:.1%})")
 
 
 if __name__ == "__main__":

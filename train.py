@@ -13,6 +13,7 @@ positions that a dilation skips. So every batch is used twice, each time for a f
   context         sequence length T
 
 `python train.py` trains the laptop preset on the source of Python's own standard library, as bytes, without a network.
+A flag that is given wins over the preset's recipe, and that over the default named in --help.
 Data, tokenizers and the command-line helper live here too; adapt.py, eval.py and sample.py import them.
 """
 import argparse
@@ -55,26 +56,28 @@ def update(model, loss_fn, optimizer, idx, targets, pattern, clip, grad_accum):
         total += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
-        raise ValueError(f"training stopped: loss {total}, gradient norm {norm} with pattern {pattern}; the last checkpoint is untouched")
+        raise ValueError(f"training stopped: loss {total}, gradient norm {norm} with pattern {pattern}; "
+                         "the last checkpoint is untouched")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
 
 
-def schedule(step, steps, warmup, lr, min_lr):
+def schedule(step, config):
     """Learning rate of a step: linear warm-up over the first `warmup` share of the steps, then cosine to min_lr."""
-    ramp = int(warmup * steps)
+    ramp = int(config.warmup * config.steps)
     if step < ramp:
-        return lr * (step + 1) / ramp
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
+        return config.lr * (step + 1) / ramp
+    fall = math.pi * (step - ramp) / max(1, config.steps - ramp)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(fall)) / 2
 
 
 def fit(model, config, passes, batch, optimizer, first=0):
-    """Train for steps first..config.steps - 1; after each, yield a record: steps done, loss per pass, lr, norm, ms.
+    """Train for steps first..config.steps - 1. After each, yield a record: steps done, loss per pass, lr, norm, ms, ETA.
 
     passes: the patterns of (6) in order, each a full update on the same batch. batch(step) -> idx, targets.
     """
-    device = model.embed.weight.device
+    device, spent = model.embed.weight.device, 0.0
 
     def loss_fn(idx, targets, pattern):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
@@ -84,19 +87,22 @@ def fit(model, config, passes, batch, optimizer, first=0):
         loss_fn = torch.compile(loss_fn)
     for step in range(first, config.steps):
         model.train()
-        start, lr = time.perf_counter(), schedule(step, config.steps, config.warmup, config.lr, config.min_lr)
+        start, losses, lr = time.perf_counter(), {}, schedule(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         idx, targets = (z.to(device) for z in batch(step))
-        losses = {}
-        for pattern in passes:
-            losses[str(pattern)], norm = update(model, loss_fn, optimizer, idx, targets, pattern, config.clip, config.grad_accum)
-        yield dict(step=step + 1, losses=losses, lr=lr, norm=norm, ms=1e3 * (time.perf_counter() - start))
+        for p in passes:
+            losses[str(p)], norm = update(model, loss_fn, optimizer, idx, targets, p, config.clip, config.grad_accum)
+        ms = 1e3 * (time.perf_counter() - start)
+        spent += ms
+        minutes = spent / (step + 1 - first) * (config.steps - step - 1) / 6e4
+        yield dict(step=step + 1, losses=losses, lr=lr, norm=norm, ms=ms, eta=minutes)
 
 
 def new_optimizer(model, config):
-    """AdamW with decay on all parameters, as in the authors' code."""
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    """AdamW, fused, with decay on all parameters as in the authors' code."""
+    decay = config.weight_decay
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
 
 
 @torch.no_grad()
@@ -124,8 +130,8 @@ def cut(tokens, starts, T, eot=-1):
 
 
 def in_order(step, config, length):
-    """Starts of a pretraining batch. The first steps * batch * T tokens are read once, in order, in batch_size streams: row r
-    reads the r-th stretch from end to end, so that a batch holds many documents. Shorter data starts again."""
+    """Starts of a pretraining batch. The first steps * batch * T tokens are read once, in order, in batch_size streams:
+    row r reads the r-th stretch from end to end, so that a batch holds many documents. Shorter data starts again."""
     return (np.arange(config.batch_size) * config.steps + step) * config.context % (length - config.context)
 
 
@@ -135,7 +141,7 @@ def at_random(step, config, length):
 
 
 class Tokenizer:
-    """Text <-> token ids. bytes: UTF-8, 257 tokens; gpt2: tiktoken's BPE, 50257; ids: numbers written out, for anything else."""
+    """Text <-> token ids. bytes: UTF-8, 257 tokens; gpt2: tiktoken's BPE, 50257; ids, for any other: numbers written out."""
 
     def __init__(self, name):
         self.name = name
@@ -157,7 +163,7 @@ class Tokenizer:
         if self.name == "gpt2":
             return self.bpe.encode_ordinary(text)
         if not all(word.isascii() and word.isdigit() for word in text.split()):
-            raise ValueError(f"no tokenizer for this vocabulary: text goes in as token ids, like '1 15043', not {text[:40]!r}")
+            raise ValueError(f"no tokenizer for this vocabulary: write token ids, like '1 15043', not {text[:40]!r}")
         return [int(word) for word in text.split()]
 
     def decode(self, token):
@@ -166,19 +172,21 @@ class Tokenizer:
             return f"{token} "
         if token >= self.eot:
             return "<|endoftext|>" if token == self.eot else ""
-        return self.partial.decode(bytes([token]) if self.name == "bytes" else self.bpe.decode_single_token_bytes(token))
+        raw = bytes([token]) if self.name == "bytes" else self.bpe.decode_single_token_bytes(token)
+        return self.partial.decode(raw)
 
 
 def documents(source):
     """[(name, path)] of a text source, sorted by the md5 of the name: a shuffle that is the same everywhere."""
     stdlib = source == "stdlib"
     root = sysconfig.get_path("stdlib") if stdlib else source
-    skip = {"__pycache__", *(("site-packages", "dist-packages", "test", "tests", "idle_test") if stdlib else ())}
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"} if stdlib else {}
     found = [(os.path.basename(root), root)] if os.path.isfile(root) else []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        paths = [os.path.join(folder, name) for name in names if not name.startswith(".") and (name.endswith(".py") or not stdlib)]
-        found += [(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths]
+        folders[:] = [name for name in folders if name not in skip and not name.startswith((".", "__pycache__"))]
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+            if path.endswith(".py") or not stdlib:
+                found.append((os.path.relpath(path, root).replace(os.sep, "/"), path))
     if not found:
         raise ValueError(f"--data {source}: no such file or folder, or nothing in it")
     return sorted(found, key=lambda document: hashlib.md5(document[0].encode()).digest())
@@ -195,8 +203,10 @@ def read_text(path):
 
 
 def tokenize(source, tokenizer):
-    """Tokenize a text source, once, into the folder under .cache that is returned. A twentieth of the documents, at least
-    one, is for validation; of a single document, its last tenth."""
+    """Tokenize a text source, once, into the folder under .cache that is returned.
+
+    A twentieth of the documents, at least one, is for validation; of a single document, its last tenth.
+    """
     docs, coder = documents(source), Tokenizer(tokenizer)
     stamps = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in docs]
     key = hashlib.md5(json.dumps([os.path.abspath(source), tokenizer, stamps]).encode()).hexdigest()[:8]
@@ -209,7 +219,7 @@ def tokenize(source, tokenizer):
     partial, n_val, size = f"{folder}.{os.getpid()}.tmp", max(1, len(texts) // 20), 0
     os.makedirs(partial)
     try:
-        with open(os.path.join(partial, "train.bin"), "wb") as train, open(os.path.join(partial, "val.bin"), "wb") as val:
+        with open(f"{partial}/train.bin", "wb") as train, open(f"{partial}/val.bin", "wb") as val:
             for i, path in enumerate(texts, 1):
                 tokens = np.append(coder.encode(read_text(path)), coder.eot).astype("<u2")
                 border = len(tokens) * 9 // 10 if len(texts) == 1 else 0 if i <= n_val else len(tokens)
@@ -226,21 +236,23 @@ def tokenize(source, tokenizer):
 
 
 def load_data(config, vocab_size=None):
-    """(train, val, vocabulary): two uint16 arrays, mapped from disk, and a multiple of 64. Fills in config.tokenizer and .eot.
+    """(train, val, vocabulary): two uint16 arrays, mapped from disk, and a multiple of 64.
 
-    config.data: 'stdlib', a text file, a folder of text files, or a folder with train.bin and val.bin, headerless uint16.
-    vocab_size: default the tokenizer's, else the largest token + 1. OSError or ValueError in one line if the data can't
-    be had, is shorter than a window, or holds a token beyond the vocabulary.
+    config.data: 'stdlib', a text file, a folder of text files, or one with train.bin and val.bin, headerless uint16.
+    Fills in config.tokenizer and config.eot. vocab_size: default the tokenizer's, else the largest token + 1.
+    OSError or ValueError in one line if the data can't be had, is shorter than a window, or goes beyond the vocabulary.
     """
     folder, names = config.data, ("train.bin", "val.bin")
     if not any(os.path.exists(os.path.join(folder, name)) for name in names):
         config.tokenizer = config.tokenizer or "bytes"
-        folder = tokenize(config.data, config.tokenizer)
+        if config.tokenizer == "ids":
+            raise ValueError(f"--data {folder}: text needs a tokenizer, bytes or gpt2; ids are read from train.bin and val.bin")
+        folder = tokenize(folder, config.tokenizer)
     coder = Tokenizer(config.tokenizer or "ids")
     limit, arrays = vocab_size or coder.size or 65536, []
     for path in (os.path.join(folder, name) for name in names):
         if (size := os.path.getsize(path)) % 2 or size // 2 <= config.context:
-            raise ValueError(f"{path}: {size} bytes; it must be uint16 tokens, more of them than the context of {config.context}")
+            raise ValueError(f"{path}: {size} bytes; it must hold more uint16 tokens than the context of {config.context}")
         arrays.append(np.memmap(path, "<u2", "r"))
         if (largest := int(arrays[-1].max())) >= limit:
             raise ValueError(f"{path}: token {largest} is beyond the vocabulary of {limit}")
@@ -263,7 +275,7 @@ class Common:
     """The flags of every script."""
     out: str = flag("out", "folder of the run's checkpoints and logs")
     device: str | None = flag(None, "cpu, cuda, cuda:1 ...; default: cuda if there is one")
-    dtype: str | None = flag(None, "compute dtype; default: bfloat16 on cuda, else float32", choices=("float32", "bfloat16"))
+    dtype: str | None = flag(None, "default: bfloat16 on cuda, else float32", choices=("float32", "bfloat16"))
     seed: int = flag(0, "of the weights, of random offsets and of sampling")
 
     def __post_init__(self):
@@ -279,7 +291,8 @@ class Common:
 class DataFlags(Common):
     """The flags of every script that reads data."""
     data: str = flag("stdlib", "stdlib, a text file, a folder of text files, or a folder with train.bin and val.bin")
-    tokenizer: str | None = flag(None, "of text: bytes (default) or gpt2; of .bin: what made it (ids: unknown)", choices=("bytes", "gpt2", "ids"))
+    tokenizer: str | None = flag(None, "of text: bytes (default) or gpt2; of .bin: what made it, ids (default) if unknown",
+                                 choices=("bytes", "gpt2", "ids"))
     eot: int | None = flag(None, "end-of-text token of .bin data, -1 for none; default: 50256 if it occurs")
     context: int = flag(1024, "tokens per sequence")
     eval_windows: int = flag(64, "windows of validation data, spread evenly over it")
@@ -316,13 +329,13 @@ def parse_flags(cls, description):
     """The flags that were given, as a dict; every field of the dataclass `cls` is one, with its help."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
-        argument, hint = dict(field.metadata), field.type
-        if field.default not in (None, dataclasses.MISSING):
-            argument["help"] += f"; default: {field.default}"
-        if bool in (hint, *typing.get_args(hint)):
+        argument, kinds, default = dict(field.metadata), {field.type, *typing.get_args(field.type)}, field.default
+        if type(default) in (str, int, float, tuple) and default != ():
+            argument["help"] += f"; default: {' '.join(default) if type(default) is tuple else default}"
+        if bool in kinds:
             argument["action"] = argparse.BooleanOptionalAction
         else:
-            argument["type"] = next((kind for kind in (int, float) if kind in (hint, *typing.get_args(hint))), str)
+            argument["type"] = next((kind for kind in (int, float) if kind in kinds), str)
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **argument)
     given = vars(parser.parse_args())
     for name, value in given.items():
@@ -345,10 +358,10 @@ def run(main):
 
 def header(model, config):
     """What runs, on what; the first lines of every script."""
-    shape, n = model.config, sum(p.numel() for p in model.parameters())
-    print(f"{'RAT+' if shape.recurrence else 'attention-only'} | {n / 1e6:.2f}M parameters | {shape.n_layer} layers x {shape.n_embd}, "
-          f"{shape.n_head} heads, vocabulary {shape.vocab_size}\npython {platform.python_version()}, torch {torch.__version__} | {config.device}, "
-          f"{torch.get_num_threads()} CPU threads, {config.dtype} | {kernels.path(config.device)}", flush=True)
+    shape, size = model.config, sum(p.numel() for p in model.parameters())
+    print(f"{'RAT+' if shape.recurrence else 'attention-only'} | {size / 1e6:.2f}M parameters | {shape.n_layer} layers x "
+          f"{shape.n_embd}, {shape.n_head} heads, vocabulary {shape.vocab_size}\npython {platform.python_version()}, torch "
+          f"{torch.__version__}, {torch.get_num_threads()} CPU threads, {config.dtype} | {kernels.path(config.device)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -366,26 +379,28 @@ RECIPES = {                                                     # how each of mo
 
 @dataclass
 class TrainConfig(FitFlags):
-    preset: str | None = flag(None, "shape and recipe; default: laptop on a CPU, small on a GPU", choices=tuple(PRESETS))
+    preset: str | None = flag(None, "shape and recipe; default: laptop on a CPU, small on a GPU", choices=(*PRESETS,))
     n_layer: int | None = flag(None, "layers; default: the preset's")
     n_head: int | None = flag(None, "heads; default: the preset's")
     n_embd: int | None = flag(None, "width; default: the preset's")
     recurrence: bool = flag(True, "--no-recurrence: the attention-only baseline")
-    arl: str | None = flag(None, "pattern of the sparse update of each batch, or none; default: D64, none without recurrence")
-    vocab_size: int | None = flag(None, "default: the tokenizer's, else the largest token + 1; rounded up to a multiple of 64")
+    arl: str | None = flag(None, "pattern of the sparse updates, or none; default: D64, none without recurrence")
+    vocab_size: int | None = flag(None, "rounded up to a multiple of 64; default: the tokenizer's, else the largest token + 1")
     eval_interval: int = flag(250, "steps between validations; each saves a checkpoint")
 
 
 def of_run(cls, path, meta, given):
     """The flags of `cls`: those given, else what the pretraining of the checkpoint at `path` used, else the defaults."""
-    if "train" not in meta and "data" not in given:
+    if not meta.get("train") and "data" not in given:
         raise ValueError(f"{path} does not say what it was trained on: --data is needed")
-    names = {field.name for field in dataclasses.fields(cls)} - {field.name for field in dataclasses.fields(Common)} - {"resume", "overwrite"}
-    return cls(**{**{name: value for name, value in meta.get("train", {}).items() if name in names}, **given})
+    here = {field.name for field in dataclasses.fields(Common)} | {"resume", "overwrite"}
+    names = {field.name for field in dataclasses.fields(cls)} - here
+    used = {"tokenizer": meta["tokenizer"], **meta.get("train", {})}
+    return cls(**{**{name: value for name, value in used.items() if name in names}, **given})
 
 
 def file_of(pattern, out):
-    """The checkpoint of a pattern: out/D16.pt, with + and _ for the , and / of hybrids; out/dense.pt comes from pretraining."""
+    """The checkpoint adapted to a pattern: out/D16.pt and so on, with + and _ for the , and / of hybrids."""
     return os.path.join(out, str(pattern).replace(",", "+").replace("/", "_") + ".pt")
 
 
@@ -396,10 +411,10 @@ def fingerprint(model):
 
 def log_line(record, config):
     *sparse, dense = record["losses"].values()
-    left = record["ms"] * (config.steps - record["step"]) / 6e4
-    return (f"step {record['step']:04}/{config.steps:04} | loss {dense:.4f}" + "".join(f" sparse {loss:.4f}" for loss in sparse)
-            + f" | lr {record['lr']:.1e} | norm {record['norm']:.2f} | {record['ms']:.0f} ms | "
-            f"{config.batch_size * config.context / record['ms']:.1f}k tok/s | ETA {left:.1f} min")
+    sparse = "".join(f" sparse {loss:.4f}" for loss in sparse)
+    return (f"step {record['step']:04}/{config.steps:04} | loss {dense:.4f}{sparse} | lr {record['lr']:.1e} | "
+            f"norm {record['norm']:.2f} | {record['ms']:.0f} ms | {config.batch_size * config.context / record['ms']:.1f}k tok/s"
+            f" | ETA {record['eta']:.1f} min")
 
 
 def open_log(path, step=0):
@@ -430,8 +445,9 @@ def main():
             raise ValueError(f"{path}: not a checkpoint of train.py, it can't be resumed")
     elif os.path.exists(path) and not config.overwrite:
         raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out names another folder")
-    preset = config.preset or meta.get("train", {}).get("preset") or ("small" if config.device.startswith("cuda") else "laptop")
-    config = TrainConfig(**{**PRESETS[preset], **RECIPES[preset], **meta.get("train", {}), **given, "preset": preset})
+    saved = meta.get("train", {})
+    preset = config.preset or saved.get("preset") or ("small" if config.device.startswith("cuda") else "laptop")
+    config = TrainConfig(**{**PRESETS[preset], **RECIPES[preset], **saved, **given, "preset": preset})
     config.arl = config.arl or ("D64" if config.recurrence else "none")
 
     train, val, config.vocab_size = load_data(config, config.vocab_size)
@@ -452,7 +468,7 @@ def main():
     header(model, config)
     stopped = []
 
-    def stop(number, frame):                                    # finish the step, save, leave; a second Ctrl-C leaves at once
+    def stop(number, frame):                                    # after this step; a second Ctrl-C leaves at once
         stopped.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -464,7 +480,7 @@ def main():
 
     with open_log(os.path.join(config.out, "dense.jsonl"), first) as log:
         tokens, updates = config.steps * config.batch_size * config.context, " then ".join(map(str, passes))
-        report(log, f"{config}\n{tokens / 1e6:.2f}M of {len(train) / 1e6:.2f}M tokens, updates with {updates} on each batch; "
+        report(log, f"{config}\n{tokens / 1e6:.2f}M of {len(train) / 1e6:.2f}M tokens, each batch updates with {updates}; "
                f"{len(val) / 1e6:.2f}M for validation", step=first, config=asdict(config), torch=torch.__version__)
         for record in fit(model, config, passes, batch, optimizer, first):
             step, leave = record["step"], bool(stopped)
@@ -473,10 +489,10 @@ def main():
                 report(log, log_line(record, config), **record)
             if last or step % config.eval_interval == 0:
                 losses = {} if leave else {str(p): evaluate(model, val, p, config) for p in passes[::-1]}
-                save_checkpoint(path, model, step=step, pattern="D1", tokenizer=config.tokenizer, val=losses, train=asdict(config),
-                                optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
-                report(log, f"step {step:04} | val " + " ".join(f"{p} {loss:.4f}" for p, loss in losses.items()) + f" | saved {path}",
-                       step=step, val=losses)
+                save_checkpoint(path, model, step=step, pattern="D1", tokenizer=config.tokenizer, val=losses,
+                                train=asdict(config), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+                values = " ".join(f"{p} {loss:.4f}" for p, loss in losses.items())
+                report(log, f"step {step:04} | val {values} | saved {path}", step=step, val=losses)
             if leave:
                 raise KeyboardInterrupt(f"; step {step} is saved in {path}, --resume goes on")
     if first >= config.steps:

@@ -5,7 +5,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ def trained(tmp_path):
 
 def test_train_adapt_eval_and_sample(tmp_path):
     out = ok(script("train", *TINY, "--data", "text", "--steps", 40, "--eval-interval", 20, "--arl", "D8", "--lr", "1e-2"))
-    assert "RAT+ |" in out and "reference (plain PyTorch) on cpu" in out and "torch " + torch.__version__ in out and "ETA" in out
+    assert "RAT+ |" in out and "reference (plain PyTorch) on cpu" in out and torch.__version__ in out and "ETA" in out
     first, last = losses("out")[10], losses("out")[40]
     assert set(first) == {"D8", "D1"} and last["D1"] < first["D1"] - 0.3, "the loss falls"
     model, meta = load_checkpoint("out/dense.pt")
@@ -90,8 +89,8 @@ def test_train_adapt_eval_and_sample(tmp_path):
     assert set(rows) >= {("D1", "dense"), ("D4", "switched"), ("D4", "adapted"), ("D8/D1", "adapted"), ("W2S1", "adapted")}
     mask = Pattern.parse("D4").mask(16)
     assert rows["D1", "dense"][0] == "8.5" and rows["D4", "adapted"][0] == f"{mask.sum() / 16:.1f}"
-    assert rows["D1", "dense"][4] == "136 (100.0%)" and rows["D4", "adapted"][4] == "40 (29.4%)"       # (16 or 4 slots + the state) * 128 / 16
-    assert "```mermaid" in out and float(rows["D4", "adapted"][1]) < float(rows["D4", "switched"][1])
+    assert rows["D1", "dense"][1] == "136 (100.0%)" and rows["D4", "adapted"][1] == "40 (29.4%)"       # (16 or 4 slots + the state) * 128 / 16
+    assert "```mermaid" in out and float(rows["D4", "adapted"][2]) < float(rows["D4", "switched"][2])
 
     out = script("sample", "--pattern", "D4", "--prompt", "1 + 1", "--tokens", 8, "--device", "cpu")
     assert "1 + 1" in ok(out) and "tok/s" in out.stdout and "prefill 5 tokens" in out.stdout and out.stderr == ""
@@ -123,6 +122,11 @@ def test_adapt_resumes_by_leaving_what_is_done(trained, capsys):
     assert Path("out/D4.pt").read_bytes() == before and os.path.exists("out/D8.pt")
     call("adapt", "--pattern", "D4", "--steps", 3, "--device", "cpu", "--overwrite")
     assert load_checkpoint("out/D4.pt")[1]["step"] == 3
+    torch.manual_seed(1)
+    save_checkpoint(trained, RATPlus(RATConfig(320, 1, 2, 16)), **load_checkpoint(trained)[1])
+    capsys.readouterr()
+    for again in ([], ["--resume"]):
+        refused(capsys, "adapt", "--pattern", "D4", "--steps", 2, "--device", "cpu", *again, why="out/D4.pt exists")
 
 
 def test_sample_reads_the_authors_checkpoint_as_ids(capsys):
@@ -130,6 +134,18 @@ def test_sample_reads_the_authors_checkpoint_as_ids(capsys):
     text = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("1 2 3 "))
     model, _ = load_checkpoint(GOLDEN / "official_tiny.pth")
     assert list(map(int, text.split())) == model.generate(torch.tensor([[1, 2, 3]]), 6, "D4", temperature=0)[0].tolist()
+
+
+def test_the_authors_checkpoint_is_adapted_and_evaluated(capsys):
+    bins(np.random.default_rng(0).integers(0, 37, 500))
+    data = ["--data", "bins", "--context", 16, "--device", "cpu"]
+    call("adapt", "--checkpoint", GOLDEN / "official_tiny.pth", "--pattern", "D4", "--steps", 3, *data)
+    model, meta = load_checkpoint("out/D4.pt")
+    assert model.config.vocab_size == 37 and meta["pattern"] == "D4" and meta["tokenizer"] == "ids"
+    with pytest.raises(SystemExit, match="--data is needed"):
+        call("eval", "--checkpoint", "out/D4.pt", "--device", "cpu")
+    call("eval", "--checkpoint", "out/D4.pt", "--pattern", "D4", *data)
+    assert "| D4 | adapted |" in capsys.readouterr().out
 
 
 def test_defaults_train_the_laptop_preset_on_the_standard_library():
@@ -192,7 +208,7 @@ def test_arl_is_a_sparse_and_a_dense_update_on_the_same_batch():
     list(train.fit(model, config, passes, batch, train.new_optimizer(model, config)))
     optimizer = torch.optim.AdamW(twin.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(3):
-        optimizer.param_groups[0]["lr"] = train.schedule(step, 3, 0.0, config.lr, config.min_lr)
+        optimizer.param_groups[0]["lr"] = train.schedule(step, config)
         for pattern in ("D8", "D1"):
             optimizer.zero_grad()
             twin.loss(*batch(step), pattern).backward()
@@ -218,10 +234,12 @@ def test_gradient_accumulation_changes_nothing():
 
 
 def test_schedule_warms_up_and_falls_to_min_lr():
-    lrs = [train.schedule(step, 100, 0.05, 1e-3, 1e-6) for step in range(100)]
+    config = train.TrainConfig(steps=100, warmup=0.05, lr=1e-3, min_lr=1e-6, device="cpu")
+    lrs = [train.schedule(step, config) for step in range(100)]
     assert np.allclose(lrs[:5], [2e-4, 4e-4, 6e-4, 8e-4, 1e-3]) and lrs[5] == 1e-3
     assert all(a >= b for a, b in zip(lrs[5:], lrs[6:])) and lrs[-1] < 3e-6
-    assert train.schedule(0, 10, 0.0, 1e-3, 1e-6) == 1e-3
+    config.warmup = 0.0
+    assert train.schedule(0, config) == 1e-3
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -371,7 +389,8 @@ def refused(capsys, name, *args, why):
     ("train", ["--data", "nowhere"], "nowhere"),
     ("train", ["--data", "empty"], "nothing in it"),
     ("train", ["--data", "zeros.txt"], "no UTF-8 text"),
-    ("train", ["--data", "short.txt"], "more of them than the context"),
+    ("train", ["--data", "text", "--tokenizer", "ids"], "text needs a tokenizer"),
+    ("train", ["--data", "short.txt"], "more uint16 tokens than the context"),
     ("train", ["--data", "odd"], "odd/train.bin: 41 bytes"),
     ("train", ["--data", "nothing"], "nothing/train.bin: 0 bytes"),
     ("train", ["--data", "half"], "val.bin"),
@@ -393,6 +412,7 @@ def refused(capsys, name, *args, why):
     ("adapt", ["--checkpoint", "foreign.pt"], "foreign.pt: not a whole checkpoint"),
     ("adapt", ["--checkpoint", GOLDEN / "official_tiny.pth"], "--data is needed"),
     ("adapt", ["--checkpoint", GOLDEN / "official_tiny.pth", "--data", "large", "--context", "8"], "beyond the vocabulary of 37"),
+    ("adapt", ["--checkpoint", GOLDEN / "official_tiny.pth", "--data", "text", "--context", "8"], "text needs a tokenizer"),
     ("eval", ["--checkpoint", "nowhere.pt"], "nowhere.pt"),
     ("eval", ["--compare", "nowhere"], "nowhere/dense.pt"),
     ("sample", ["--out", "nowhere"], "nowhere/dense.pt"),
@@ -426,7 +446,7 @@ def test_bad_input_is_one_line(capsys, name, args, why):
     ("eval", ["--pattern", "N4K2"], "top-k"),
     ("sample", ["--pattern", "D1/D2/D4"], "do not divide"),
     ("sample", ["--max-len", "3", "--prompt", "1 + 1"], "the cache is too short"),
-    ("sample", ["--prompt", ""], "at least one token"),
+    ("sample", ["--prompt", ""], "at least one token is needed"),
     ("sample", ["--temperature", "-1"], "--temperature"),
     ("sample", ["--top-p", "2"], "top_p"),
 ])
