@@ -310,14 +310,10 @@ class FitFlags(DataFlags):
     warmup: float = flag(0.05, "share of the steps that warms up")
     weight_decay: float = flag(0.1, "of AdamW, on all parameters")
     clip: float = flag(1.0, "largest gradient norm")
-    compile: bool | None = flag(None, "torch.compile the model; default: on cuda")
+    compile: bool = flag(False, "torch.compile the loss")
     log_interval: int = flag(10, "steps between log lines")
     resume: bool = flag(False, "go on with what --out holds")
     overwrite: bool = flag(False, "start anew where --out holds it already")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.compile = self.device.startswith("cuda") if self.compile is None else self.compile
 
 
 class Parser(argparse.ArgumentParser):
