@@ -229,7 +229,8 @@ def tokenize(source, tokenizer):
                 if i % 100 == 0 or i == len(texts):
                     print(f"\rtokenizing {source}: {i}/{len(texts)} texts, {size / 1e6:.1f}M tokens ({tokenizer})",
                           end="\n" * (i == len(texts)), file=sys.stderr, flush=True)
-        os.replace(partial, folder)
+        if not os.path.exists(folder):                          # or another process was faster
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -242,6 +243,8 @@ def load_data(config, vocab_size=None):
     Fills in config.tokenizer and config.eot. vocab_size: default the tokenizer's, else the largest token + 1.
     OSError or ValueError in one line if the data can't be had, is shorter than a window, or goes beyond the vocabulary.
     """
+    if config.data != "stdlib":
+        config.data = os.path.abspath(config.data)              # for the scripts that find it in the checkpoint
     folder, names = config.data, ("train.bin", "val.bin")
     if not any(os.path.exists(os.path.join(folder, name)) for name in names):
         config.tokenizer = config.tokenizer or "bytes"
@@ -402,7 +405,7 @@ def file_of(pattern, out):
 
 def fingerprint(model):
     """Eight hex digits that tell one set of weights from another: adapted checkpoints name their dense parent by it."""
-    return hashlib.md5(model.embed.weight.detach().cpu().numpy().tobytes()).hexdigest()[:8]
+    return hashlib.md5(model.embed.weight.detach().float().cpu().numpy().tobytes()).hexdigest()[:8]
 
 
 def log_line(record, config):
@@ -443,7 +446,8 @@ def main():
         raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out names another folder")
     saved = meta.get("train", {})
     preset = config.preset or saved.get("preset") or ("small" if config.device.startswith("cuda") else "laptop")
-    config = TrainConfig(**{**PRESETS[preset], **RECIPES[preset], **saved, **given, "preset": preset})
+    here = {"preset": preset, "out": config.out, "device": config.device}       # a run may have moved
+    config = TrainConfig(**{**PRESETS[preset], **RECIPES[preset], **saved, **given, **here})
     config.arl = config.arl or ("D64" if config.recurrence else "none")
 
     train, val, config.vocab_size = load_data(config, config.vocab_size)
@@ -487,7 +491,7 @@ def main():
                 losses = {} if leave else {str(p): evaluate(model, val, p, config) for p in passes[::-1]}
                 save_checkpoint(path, model, step=step, pattern="D1", tokenizer=config.tokenizer, val=losses,
                                 train=asdict(config), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
-                values = " ".join(f"{p} {loss:.4f}" for p, loss in losses.items())
+                values = " ".join(f"{p} {loss:.4f}" for p, loss in losses.items()) or "not measured"
                 report(log, f"step {step:04} | val {values} | saved {path}", step=step, val=losses)
             if leave:
                 raise KeyboardInterrupt(f"; step {step} is saved in {path}, --resume goes on")

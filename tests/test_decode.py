@@ -40,7 +40,8 @@ def test_decode_matches_forward(seed):
     assert cache.length == T
 
 
-@pytest.mark.parametrize("pattern, slots", [("D4", 24), ("D16W10S4", 19), ("D8W5", 16), ("D64", 1), ("W12S4", 16), ("D4W3S9", 33), ("D1", 96), ("D16", 6)])
+@pytest.mark.parametrize("pattern, slots", [("D4", 24), ("D16W10S4", 19), ("D8W5", 16), ("D64", 1), ("W12S4", 16),
+                                            ("D4W3S9", 33), ("D1", 96), ("D16", 6)])
 @pytest.mark.parametrize("pieces", [(96,), (1,) * 96, (40, 1, 1, 54)])
 def test_slots_after_96_tokens(pattern, slots, pieces):
     _, cache = decode(tiny(), torch.randint(50, (2, 96)), pattern, pieces)
@@ -62,7 +63,8 @@ def test_slots_are_the_positions_that_the_next_query_may_use():
                 assert set(torch.arange(T)[needed].tolist()) <= set(held.tolist())
 
 
-@pytest.mark.parametrize("pattern, slots", [("D1", 96), ("D4", 24), ("D16W10S4", 6 + 10 + 4), ("D64", 1), ("W12S4", 16), ("D8W5", 12 + 5), ("D1,D16", (96 + 6) / 2)])
+@pytest.mark.parametrize("pattern, slots", [("D1", 96), ("D4", 24), ("D16W10S4", 6 + 10 + 4), ("D64", 1), ("W12S4", 16),
+                                            ("D8W5", 12 + 5), ("D1,D16", (96 + 6) / 2)])
 def test_bytes_are_slots_and_the_float32_state(pattern, slots):
     """C = 32 channels of keys and values in 2 layers for a batch of 3; 2 x 32 float32 of state per layer."""
     for recurrence, state in ((True, 3 * 2 * 2 * 32 * 4), (False, 0)):
@@ -102,10 +104,11 @@ def test_the_cache_takes_autocasts_dtype():
 def test_running_past_max_len_is_refused_and_changes_nothing():
     model, idx = tiny(), torch.randint(50, (1, 30))
     _, cache = decode(model, idx[:, :20], "D4W3S1", (20,), max_len=24)
-    kept = [group.k.clone() for layer in cache.groups for group in layer]
+    groups = [group for layer in cache.groups for group in layer]
+    kept = [group.k.clone() for group in groups]
     with pytest.raises(ValueError, match=r"20 tokens seen \+ 5 new > max_len 24"):
         model.prefill(idx[:, 20:25], cache)
-    assert cache.length == 20 and all(a.equal(group.k) for a, group in zip(kept, [group for layer in cache.groups for group in layer]))
+    assert cache.length == 20 and all(a.equal(group.k) for a, group in zip(kept, groups))
     for t in range(20, 24):
         logits = model.step(idx[:, t], cache)
     assert relative_error(logits, model(idx[:, :24], pattern="D4W3S1")[:, -1]) < 1e-5

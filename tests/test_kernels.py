@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import allowed, attention, attention_at, attention_ref, check, compare, recurrence, recurrence_ref, relative_error
+from kernels import (allowed, attention, attention_at, attention_ref, check, compare, recurrence, recurrence_ref,
+                     relative_error)
 
 PATTERNS = [(1, 0, 0), (1, 9, 3), (4, 0, 0), (16, 0, 0), (7, 5, 3), (64, 16, 4), (0, 12, 4), (0, 0, 0), (0, 0, 5),
             (500, 0, 0), (3, 400, 0), (5, 2, 400)]              # D > T, W >= T and S > T among them
@@ -16,7 +17,8 @@ def test_allowed_is_the_definition():
         for t in range(40):
             for p in range(40):
                 expected = p <= t and ((dilation >= 1 and (p + 1) % dilation == 0) or t - p <= window or p < sinks)
-                assert bool(allowed(torch.tensor(t), torch.tensor(p), dilation, window, sinks)) == expected, (t, p, dilation, window, sinks)
+                found = bool(allowed(torch.tensor(t), torch.tensor(p), dilation, window, sinks))
+                assert found == expected, (t, p, dilation, window, sinks)
 
 
 def test_recurrence_and_attention_match_float64_loops():
@@ -65,7 +67,8 @@ def test_recurrence_state_carries_across_chunks(cuts):
         *out, state = recurrence(*piece, state)
         pieces.append(torch.stack(out))
     chunked = torch.cat(pieces, dim=2)
-    for name, a, b in (("k_rec", chunked[0], whole_k), ("v_rec", chunked[1], whole_v), ("k_end", state[0], whole_end[0]), ("v_end", state[1], whole_end[1])):
+    names, whole = ("k_rec", "v_rec", "k_end", "v_end"), (whole_k, whole_v, *whole_end)
+    for name, a, b in zip(names, (*chunked, *state), whole):
         assert relative_error(a, b) < 1e-12, f"{name} differs: {relative_error(a, b):.1e}"
     weight = torch.randn_like(chunked)
     grads = [torch.autograd.grad((y * weight).sum(), x, retain_graph=True)[0] for y in (chunked, torch.stack((whole_k, whole_v)))]

@@ -19,7 +19,7 @@ from kernels import relative_error
 from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
-TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--context", "16", "--batch-size", "4", "--eval-windows", "4", "--device", "cpu"]
+TINY = "--n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --eval-windows 4 --device cpu".split()
 MODULES = {"train": train, "adapt": adapt, "eval": evaluation, "sample": sample}
 
 
@@ -62,7 +62,8 @@ def trained(tmp_path):
     """out/dense.pt of a model that has learnt nothing, with the meta of a real run."""
     os.mkdir("out")
     torch.manual_seed(0)
-    config = {"data": str(tmp_path / "text"), "tokenizer": "bytes", "eot": 256, "context": 16, "batch_size": 4, "eval_windows": 4, "steps": 10, "lr": 1e-3, "arl": "D64"}
+    config = {"data": str(tmp_path / "text"), "tokenizer": "bytes", "eot": 256, "context": 16, "batch_size": 4,
+              "eval_windows": 4, "steps": 10, "lr": 1e-3, "arl": "D64"}
     save_checkpoint("out/dense.pt", RATPlus(RATConfig(320, 1, 2, 16)), step=10, pattern="D1", tokenizer="bytes", train=config)
     return Path("out/dense.pt")
 
@@ -76,6 +77,7 @@ def test_train_adapt_eval_and_sample(tmp_path):
     first, last = losses("out")[10], losses("out")[40]
     assert set(first) == {"D8", "D1"} and last["D1"] < first["D1"] - 0.3, "the loss falls"
     model, meta = load_checkpoint("out/dense.pt")
+    assert meta["train"]["data"] == str(tmp_path / "text"), "absolute, so that it is found from anywhere"
     assert meta["step"] == 40 and meta["tokenizer"] == "bytes" and meta["train"]["arl"] == "D8" and meta["train"]["seed"] == 0
 
     out = ok(script("adapt", "--pattern", "D4", "W2S1", "D8/D1", "--steps", 5, "--device", "cpu"))
@@ -130,7 +132,8 @@ def test_adapt_resumes_by_leaving_what_is_done(trained, capsys):
 
 
 def test_sample_reads_the_authors_checkpoint_as_ids(capsys):
-    call("sample", "--checkpoint", GOLDEN / "official_tiny.pth", "--prompt", "1 2 3", "--pattern", "D4", "--tokens", 6, "--temperature", 0, "--device", "cpu")
+    call("sample", "--checkpoint", GOLDEN / "official_tiny.pth", "--prompt", "1 2 3", "--pattern", "D4", "--tokens", 6,
+         "--temperature", 0, "--device", "cpu")
     text = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("1 2 3 "))
     model, _ = load_checkpoint(GOLDEN / "official_tiny.pth")
     assert list(map(int, text.split())) == model.generate(torch.tensor([[1, 2, 3]]), 6, "D4", temperature=0)[0].tolist()
@@ -150,7 +153,8 @@ def test_the_authors_checkpoint_is_adapted_and_evaluated(capsys):
 
 def test_defaults_train_the_laptop_preset_on_the_standard_library():
     """No arguments: killed by Ctrl-C after the first log line, and the checkpoint is there."""
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--device", "cpu"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 0010"):
             break
@@ -184,8 +188,11 @@ def test_resume_is_exact_bit_for_bit():
     assert meta_a["val"] == meta_b["val"] and meta_a["rng"].equal(meta_b["rng"])
     moments = [[z for state in meta["optimizer"]["state"].values() for z in state.values()] for meta in (meta_a, meta_b)]
     assert all(x.equal(y) for x, y in zip(*moments))
-    again = script("train", "--resume", "--out", "cut", "--device", "cpu")
-    assert "is complete: 24 steps" in ok(again)
+    os.rename("cut", "moved")
+    again = script("train", "--resume", "--out", "moved", "--device", "cpu", "--steps", 25)
+    assert ok(again) and max(losses("moved")) == 25 and not os.path.exists("cut"), "a run may be moved and prolonged"
+    again = script("train", "--resume", "--out", "moved", "--device", "cpu")
+    assert "is complete: 25 steps" in ok(again)
 
 
 def test_a_run_is_not_overwritten_by_accident(trained, capsys):
@@ -203,7 +210,9 @@ def test_arl_is_a_sparse_and_a_dense_update_on_the_same_batch():
     config = train.TrainConfig(steps=3, warmup=0.0, clip=0.01, device="cpu", compile=False)
     model, twin = RATPlus(RATConfig(64, 1, 2, 16)), RATPlus(RATConfig(64, 1, 2, 16))
     twin.load_state_dict(model.state_dict())
-    batch = lambda step: torch.randint(64, (2, 4, 20), generator=torch.Generator().manual_seed(step)).unbind()
+    def batch(step):
+        return torch.randint(64, (2, 4, 20), generator=torch.Generator().manual_seed(step)).unbind()
+
     passes = [train.Pattern.parse(pattern) for pattern in ("D8", "D1")]
     list(train.fit(model, config, passes, batch, train.new_optimizer(model, config)))
     optimizer = torch.optim.AdamW(twin.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
@@ -253,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(poison):
     save_checkpoint("run/dense.pt", model, **meta)
     before = Path("run/dense.pt").read_bytes()
     done = script("train", "--resume", "--out", "run", "--steps", 30, "--device", "cpu")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "training stopped: loss" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "training stopped: loss" in done.stderr
     assert Path("run/dense.pt").read_bytes() == before
 
 
@@ -293,7 +302,8 @@ def test_text_is_split_by_document_and_cached(capsys):
     config = flags(data="text")
     tokens, val, vocab = train.load_data(config)
     assert vocab == 320 and config.tokenizer == "bytes" and config.eot == 256
-    documents = [bytes(doc.astype(np.uint8)).decode() for part in (tokens, val) for doc in np.split(part, np.flatnonzero(part == 256) + 1)[:-1] for doc in [doc[:-1]]]
+    pieces = [np.split(part, np.flatnonzero(part == 256) + 1) for part in (tokens, val)]
+    documents = [bytes(doc[:-1].astype(np.uint8)).decode() for docs in pieces for doc in docs[:-1]]
     assert sorted(documents) == sorted(Path(f"text/{i}.txt").read_text() for i in range(30)), "each document once, whole, in one part"
     assert (val == 256).sum() == 1 and "30/30" in capsys.readouterr().err
     again, _, _ = train.load_data(flags(data="text"))
@@ -317,7 +327,8 @@ def bins(tokens, val=None, folder="bins"):
 
 def test_bins_give_the_vocabulary_and_end_of_text():
     bins([3, 70, 1] * 10)
-    for given, (eot, vocab) in (({}, (-1, 128)), ({"eot": 3}, (3, 128)), ({"tokenizer": "gpt2"}, (50256, 50304)), ({"tokenizer": "bytes"}, (256, 320))):
+    for given, (eot, vocab) in (({}, (-1, 128)), ({"eot": 3}, (3, 128)), ({"tokenizer": "gpt2"}, (50256, 50304)),
+                                ({"tokenizer": "bytes"}, (256, 320))):
         config = flags(data="bins", **given)
         assert train.load_data(config)[2] == vocab and config.eot == eot and config.tokenizer == given.get("tokenizer", "ids")
     assert train.load_data(flags(data="bins"), vocab_size=71)[2] == 128
@@ -352,7 +363,7 @@ def test_gpt2_without_its_vocabulary_is_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="GPT-2's vocabulary is no part of this repository: TIKTOKEN_CACHE_DIR is not set")
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
 def test_gpt2_tokenizes_and_streams_text():
     text = "def f(x): return 'naïve 漢字 🙂'\n"
     coder = train.Tokenizer("gpt2")
