@@ -229,31 +229,29 @@ FUTURE = 2**62        # the position of an empty slot: no query reaches it
 class GroupCache:
     """Keys (after RoPE) and values of one head group of one layer, in slots laid out as [ sinks | ring | grid ].
 
-    A position has one slot, of the first kind that fits: p < S is sink p; the last position of a block of D has a
-    slot of the grid; any other goes to ring slot p mod W, until position p + W takes it over. Which position a slot
-    holds follows from the number of tokens seen, so nothing but keys and values is stored.
+    A position has one slot: on the grid, that of its block; else, if it is a sink, its own; else ring slot p mod W,
+    until position p + W takes that over. Which position a slot holds follows from the number of tokens seen, so that
+    nothing but keys and values is stored.
     """
 
     def __init__(self, span, batch, heads, Dh, max_len, dtype, device):
         dilation, window, sinks = self.span = span
         self.D = dilation or FUTURE                                # without a grid: its first position never comes
-        self.sinks = min(sinks, max_len)
-        self.ring = 0 if dilation == 1 else min(window, max_len)   # D1: every position is on the grid
-        self.first = sinks // self.D                               # blocks of D whose last position is a sink
-        shape = batch, heads, self.sinks + self.ring + max(0, max_len // self.D - self.first), Dh
+        self.sinks, self.ring = (0, 0) if dilation == 1 else (min(sinks, max_len), min(window, max_len))
+        shape = batch, heads, self.sinks + self.ring + max_len // self.D, Dh
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def positions(self, length):
         """The position in each slot that is in use after `length` tokens, (slots,) int64; FUTURE in an empty one."""
         last, device = length - 1, self.k.device
-        sink = torch.arange(self.sinks, device=device)
-        slot = torch.arange(self.ring, device=device)
+        sink, slot = torch.arange(self.sinks, device=device), torch.arange(self.ring, device=device)
         ring = last - (last - slot) % max(self.ring, 1)            # the latest p with p mod W = slot
-        ring = ring.masked_fill((ring < self.sinks) | on_grid(ring, self.D), FUTURE)     # it has its slot elsewhere
-        grid = torch.arange(self.first, max(self.first, length // self.D), device=device) * self.D + self.D - 1
-        p = torch.cat((sink, ring, grid))
-        return p.masked_fill(p > last, FUTURE)
+        ring = ring.masked_fill(ring < self.sinks, FUTURE)         # before the start, or a sink
+        p = torch.cat((sink, ring))
+        p = p.masked_fill((p > last) | on_grid(p, self.D), FUTURE)
+        grid = torch.arange(length // self.D, device=device) * self.D + self.D - 1
+        return torch.cat((p, grid))
 
     def attend(self, q, k_rec, v_rec, length):
         """Attention of T tokens over themselves and what is held of the `length` before them; then keep them.
@@ -274,9 +272,8 @@ class GroupCache:
         p = torch.arange(length, length + k_rec.shape[2], device=self.k.device)
         kept = allowed(length + len(p), p, *self.span)
         p = p[kept]
-        grid = self.sinks + self.ring + (p + 1) // self.D - 1 - self.first
-        slot = torch.where(on_grid(p, self.D), grid, self.sinks + p % max(self.ring, 1))
-        slot = torch.where(p < self.sinks, p, slot)
+        slot = torch.where(p < self.sinks, p, self.sinks + p % max(self.ring, 1))
+        slot = torch.where(on_grid(p, self.D), self.sinks + self.ring + (p + 1) // self.D - 1, slot)
         self.k[:, :, slot], self.v[:, :, slot] = k_rec[:, :, kept], v_rec[:, :, kept]
 
 
