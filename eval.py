@@ -13,7 +13,10 @@ import math
 import os
 from dataclasses import dataclass
 
-from model import Pattern, load_checkpoint
+import torch
+
+from kernels import allowed
+from model import FUTURE, Pattern, load_checkpoint
 from train import DataFlags, evaluate, fingerprint, flag, header, load_data, of_run, parse_flags, run
 
 
@@ -25,11 +28,16 @@ class EvalConfig(DataFlags):
 
 
 def keys_per_token(pattern, config, T):
-    """Mean number of keys per query in a window of T tokens, over positions, layers and heads."""
-    total = 0.0
+    """Mean number of keys per query in a window of T tokens, over positions, layers and heads.
+
+    Counted from the side of the keys: p is seen by all T - p queries from p on, or by its window's W + 1 at most.
+    """
+    p, total = torch.arange(T), 0
     for i in range(config.n_layer):
-        for j, (_, heads) in enumerate(pattern.groups(i, config.n_head)):
-            total += pattern.mask(T, i, j).sum().item() * (heads.stop - heads.start)
+        for rule, heads in pattern.groups(i, config.n_head):
+            lasting = allowed(FUTURE, p, *rule.span)               # on the grid or a sink
+            queries = torch.where(lasting, T - p, (T - p).clamp(max=rule.window + 1))
+            total += queries.sum().item() * (heads.stop - heads.start)
     return total / (T * config.n_layer * config.n_head)
 
 

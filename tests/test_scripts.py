@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import sample
 import train
 from kernels import relative_error
 from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
+from test_model import random_pattern
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --eval-windows 4 --device cpu".split()
@@ -109,6 +111,15 @@ def test_compare_puts_runs_side_by_side(trained, capsys):
     assert "| RAT+ (out): loss |" in out and "| attention-only (plain): loss |" in out and out.count("    line [") == 2
 
 
+def test_keys_per_token_counts_the_mask():
+    rng, config = random.Random(0), RATConfig(64, 2, 4, 32)
+    for _ in range(50):
+        T, pattern = rng.randint(1, 60), Pattern.parse(random_pattern(rng))
+        masks = [pattern.mask(T, i, j).sum() * (heads.stop - heads.start)
+                 for i in range(2) for j, (_, heads) in enumerate(pattern.groups(i, 4))]
+        assert abs(evaluation.keys_per_token(pattern, config, T) - sum(masks) / (T * 8)) < 1e-6, (str(pattern), T)
+
+
 def test_eval_leaves_out_checkpoints_of_another_parent(trained, capsys):
     _, meta = load_checkpoint(trained)
     save_checkpoint("out/D4.pt", RATPlus(RATConfig(320, 1, 2, 16)), **{**meta, "pattern": "D4", "parent": "00000000"})
@@ -169,16 +180,26 @@ def test_defaults_train_the_laptop_preset_on_the_standard_library():
 # ---------------------------------------------------------------------------------------------
 # Training
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+report = train.report
+def report_and_die(log, text, **record):
+    report(log, text, **record)
+    if record["step"] == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+train.report = report_and_die
+train.run(train.main)
+"""
+
+
 def test_resume_is_exact_bit_for_bit():
-    flags = [*TINY, "--data", "text", "--steps", 24, "--eval-interval", 8, "--log-interval", 1, "--arl", "D4"]
+    flags = [*TINY, "--data", "text", "--steps", "24", "--eval-interval", "8", "--log-interval", "1", "--arl", "D4"]
     ok(script("train", *flags, "--out", "whole"))
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags), "--out", "cut"], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 0010"):
-            process.kill()                                      # after the checkpoint of step 8
-            break
-    process.wait()
-    assert load_checkpoint("cut/dense.pt")[1]["step"] in (8, 16)
+    killed = subprocess.run([sys.executable, "-c", KILLED, ROOT, *flags, "--out", "cut"], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and load_checkpoint("cut/dense.pt")[1]["step"] == 8
+    assert max(losses("cut")) == 11
     with open("cut/dense.jsonl", "a") as f:
         f.write('{"step": 11, "los')                            # a line torn by the kill
     ok(script("train", "--resume", "--out", "cut", "--device", "cpu"))
