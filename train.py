@@ -43,6 +43,14 @@ from model import PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, save_ch
 # Training
 
 
+def loss_of(model, config):
+    """model.loss in the compute dtype of the flags: autocast for bfloat16, the weights stay float32."""
+    def loss(idx, targets, pattern):
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            return model.loss(idx, targets, pattern)
+    return loss
+
+
 def update(model, loss_fn, optimizer, idx, targets, pattern, clip, grad_accum):
     """One optimizer update on one batch under one pattern; returns its loss (nats per token) and gradient norm, floats.
 
@@ -78,13 +86,7 @@ def fit(model, config, passes, batch, optimizer, first=0):
     passes: the patterns of (6) in order, each a full update on the same batch. batch(step) -> idx, targets.
     """
     device, spent = model.embed.weight.device, 0.0
-
-    def loss_fn(idx, targets, pattern):
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            return model.loss(idx, targets, pattern)
-
-    if config.compile:
-        loss_fn = torch.compile(loss_fn)
+    loss_fn = torch.compile(loss_of(model, config)) if config.compile else loss_of(model, config)
     for step in range(first, config.steps):
         model.train()
         start, losses, lr = time.perf_counter(), {}, schedule(step, config)
@@ -109,12 +111,11 @@ def new_optimizer(model, config):
 def evaluate(model, tokens, pattern, config):
     """Mean loss over config.eval_windows windows spread evenly over `tokens`, every token counted (nats per token)."""
     model.eval()
-    T, total = config.context, 0.0
+    T, total, loss_fn = config.context, 0.0, loss_of(model, config)
     starts = np.linspace(0, len(tokens) - T - 1, min(config.eval_windows, (len(tokens) - 1) // T)).astype(int)
     for i in range(0, len(starts), config.eval_batch):
         idx, targets = (z.to(model.embed.weight.device) for z in cut(tokens, starts[i:i + config.eval_batch], T))
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            total += model.loss(idx, targets, pattern).item() * len(idx)
+        total += loss_fn(idx, targets, pattern).item() * len(idx)
     return total / len(starts)
 
 
