@@ -26,7 +26,7 @@ MODULES = {"train": train, "adapt": adapt, "eval": evaluation, "sample": sample}
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
+def scratch(tmp_path, monkeypatch):
     """A folder of its own with a little text in it: 30 files of sums."""
     monkeypatch.chdir(tmp_path)
     os.mkdir("text")
