@@ -9,6 +9,7 @@ batches are drawn at random offsets. The paper spends 1 % of the pretraining tok
 `python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. Flags that are not given
 take what the pretraining used, but for --steps (1 % of its steps, at least 40), --lr (a tenth of its) and --warmup (none).
 """
+import copy
 import os
 from dataclasses import asdict, dataclass
 
@@ -27,30 +28,30 @@ def main():
     given = parse_flags(AdaptConfig, __doc__)
     config = AdaptConfig(**given)
     dense = config.checkpoint or os.path.join(config.out, "dense.pt")
-    model, meta = load_checkpoint(dense, config.device)
+    dense_model, meta = load_checkpoint(dense, config.device)
     pretraining = {"steps": 0, "lr": 1e-3, **meta.get("train", {})}
     recipe = {"steps": max(40, pretraining["steps"] // 100), "lr": pretraining["lr"] / 10, "warmup": 0.0}
     config = of_run(AdaptConfig, dense, meta, {**recipe, **given})
-    patterns = [Pattern.parse(pattern).fit(model.config) for pattern in config.pattern]
-    parent, done = fingerprint(model), []
+    patterns = [Pattern.parse(pattern).fit(dense_model.config) for pattern in config.pattern]
+    parent, done = fingerprint(dense_model), []
     for path in (file_of(pattern, config.out) for pattern in patterns):
         if os.path.exists(path) and not config.overwrite:
             if not config.resume or load_checkpoint(path)[1].get("parent") != parent:
                 raise ValueError(f"{path} exists: --resume keeps it if {dense} is its parent, --overwrite adapts anew")
             done.append(path)
-    train, val, _ = load_data(config, model.config.vocab_size)
+    train, val, _ = load_data(config, dense_model.config.vocab_size)
     os.makedirs(config.out, exist_ok=True)
-    header(model, config)
+    header(dense_model, config)
 
     def batch(step):
         return cut(train, at_random(step, config, len(train)), config.context, config.eot)
 
-    dense_loss, rows = evaluate(model, val, "D1", config), []
+    dense_loss, rows = evaluate(dense_model, val, "D1", config), []
     for pattern in patterns:
         path = file_of(pattern, config.out)
         if path in done:
             continue
-        model, _ = load_checkpoint(dense, config.device)
+        model = copy.deepcopy(dense_model)
         before = evaluate(model, val, pattern, config)
         with open_log(path[:-len("pt")] + "jsonl") as log:
             report(log, f"{pattern} | {config}", pattern=str(pattern), config=asdict(config))

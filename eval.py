@@ -43,8 +43,8 @@ def keys_per_token(pattern, config, T):
 
 def adapted_checkpoints(dense, parent, device):
     """{pattern: model} of the checkpoints beside `dense` that were adapted from it (of `parent`'s fingerprint)."""
-    found = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(dense)), "*.pt"))):
+    found, beside = {}, set(glob.glob(os.path.join(glob.escape(os.path.dirname(dense)), "*.pt")))
+    for path in sorted(beside - {dense}):
         model, meta = load_checkpoint(path, device)
         if meta.get("parent") == parent:
             found[meta["pattern"]] = model
@@ -62,9 +62,9 @@ def measure(dense, given):
     header(model, config)
     adapted = {} if config.checkpoint else adapted_checkpoints(dense, fingerprint(model), config.device)
     losses, costs, T = {}, {}, config.context
-    for pattern in dict.fromkeys(["D1", *(str(Pattern.parse(text)) for text in config.pattern or adapted)]):
-        parsed = Pattern.parse(pattern).fit(model.config)
-        cache, dense_cache = (model.new_cache(1, T, p, device="meta").nbytes for p in (parsed, "D1"))
+    dense_cache = model.new_cache(1, T, "D1", device="meta").nbytes
+    for parsed in dict.fromkeys(map(Pattern.parse, ["D1", *(config.pattern or adapted)])):
+        pattern, cache = str(parsed), model.new_cache(1, T, parsed, device="meta").nbytes
         costs[pattern] = keys_per_token(parsed, model.config, T), cache / T, cache / dense_cache
         own = "dense" if pattern == "D1" else "adapted" if pattern == meta["pattern"] else "switched"
         weights = {own: model, **({"adapted": adapted[pattern]} if pattern in adapted else {})}

@@ -125,7 +125,7 @@ class Pattern:
         for i, rules in enumerate(self.layers):
             for j, rule in enumerate(rules):
                 mask, (dilation, _, sinks) = self.mask(T, i, j), rule.span
-                letters = ["D" if dilation and (p + 1) % dilation == 0 else "S" if p < sinks else "W" for p in range(T)]
+                letters = ["D" if on_grid(p, dilation) else "S" if p < sinks else "W" for p in range(T)]
                 lines.append(f"{rule}: layer {i} of every {len(self.layers)}, head group {j} of {len(rules)}")
                 for t in range(T):
                     lines.append(f"{t:4} " + " ".join(letters[p] if mask[t, p] else "." for p in range(t + 1)))

@@ -181,7 +181,7 @@ def documents(source):
     """[(name, path)] of a text source, sorted by the md5 of the name: a shuffle that is the same everywhere."""
     stdlib = source == "stdlib"
     root = sysconfig.get_path("stdlib") if stdlib else source
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"} if stdlib else {}
+    skip = ("site-packages", "dist-packages", "test", "tests", "idle_test") if stdlib else ()
     found = [(os.path.basename(root), root)] if os.path.isfile(root) else []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skip and not name.startswith((".", "__pycache__"))]
@@ -210,11 +210,11 @@ def tokenize(source, tokenizer):
     """
     docs, coder = documents(source), Tokenizer(tokenizer)
     stamps = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in docs]
-    key = hashlib.md5(json.dumps([os.path.abspath(source), tokenizer, stamps]).encode()).hexdigest()[:8]
-    folder = os.path.join(".cache", f"{os.path.basename(os.path.abspath(source))}-{tokenizer}-{key}")
+    key = hashlib.md5(json.dumps([source, tokenizer, stamps]).encode()).hexdigest()[:8]
+    folder = os.path.join(".cache", f"{os.path.basename(source)}-{tokenizer}-{key}")
     if os.path.exists(folder):
         return folder
-    texts = [path for _, path in docs if read_text(path)]
+    texts = [path for _, path in docs if read_text(path)]      # read again below, rather than held in memory
     if not texts:
         raise ValueError(f"--data {source}: no UTF-8 text in it")
     partial, n_val, size = f"{folder}.{os.getpid()}.tmp", max(1, len(texts) // 20), 0
@@ -253,17 +253,18 @@ def load_data(config, vocab_size=None):
             raise ValueError(f"--data {folder}: text needs a tokenizer, bytes or gpt2; ids are read from train.bin and val.bin")
         folder = tokenize(folder, config.tokenizer)
     coder = Tokenizer(config.tokenizer or "ids")
-    limit, arrays = vocab_size or coder.size or 65536, []
+    limit, arrays, largest = vocab_size or coder.size or 65536, [], 0
     for path in (os.path.join(folder, name) for name in names):
         if (size := os.path.getsize(path)) % 2 or size // 2 <= config.context:
             raise ValueError(f"{path}: {size} bytes; it must hold more uint16 tokens than the context of {config.context}")
         arrays.append(np.memmap(path, "<u2", "r"))
-        if (largest := int(arrays[-1].max())) >= limit:
+        largest = max(largest, int(arrays[-1].max()))
+        if largest >= limit:
             raise ValueError(f"{path}: token {largest} is beyond the vocabulary of {limit}")
     if config.eot is None:
         config.eot = coder.eot or (50256 if any((tokens == 50256).any() for tokens in arrays) else -1)
     config.tokenizer = coder.name
-    size = vocab_size or coder.size or 1 + max(int(tokens.max()) for tokens in arrays)
+    size = vocab_size or coder.size or largest + 1
     return *arrays, -(-size // 64) * 64
 
 
@@ -271,6 +272,7 @@ def load_data(config, vocab_size=None):
 # The command line, shared by the scripts
 
 def flag(default, help, **argument):
+    """A dataclass field that parse_flags turns into a flag."""
     return dataclasses.field(default=default, metadata=dict(help=help, **argument))
 
 

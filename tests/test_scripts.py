@@ -18,9 +18,8 @@ import sample
 import train
 from kernels import relative_error
 from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
-from test_model import random_pattern
+from test_model import GOLDEN, ROOT, Bomb, random_pattern
 
-ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --eval-windows 4 --device cpu".split()
 MODULES = {"train": train, "adapt": adapt, "eval": evaluation, "sample": sample}
 
@@ -34,9 +33,9 @@ def scratch(tmp_path, monkeypatch):
         Path(f"text/{i}.txt").write_text("".join(f"{i} + {j} = {i + j}\n" for j in range(40)))
 
 
-def script(name, *args, **kwargs):
+def script(name, *args):
     """Run a script as a user does."""
-    return subprocess.run([sys.executable, ROOT / f"{name}.py", *map(str, args)], capture_output=True, text=True, **kwargs)
+    return subprocess.run([sys.executable, ROOT / f"{name}.py", *map(str, args)], capture_output=True, text=True)
 
 
 def call(name, *args):
@@ -55,7 +54,7 @@ def ok(done):
 
 def losses(out):
     """{step: losses} of a run's log."""
-    with open(out / "dense.jsonl" if isinstance(out, Path) else os.path.join(out, "dense.jsonl")) as f:
+    with open(os.path.join(out, "dense.jsonl")) as f:
         return {record["step"]: record["losses"] for record in map(json.loads, f) if "losses" in record}
 
 
@@ -231,6 +230,7 @@ def test_arl_is_a_sparse_and_a_dense_update_on_the_same_batch():
     config = train.TrainConfig(steps=3, warmup=0.0, clip=0.01, device="cpu", compile=False)
     model, twin = RATPlus(RATConfig(64, 1, 2, 16)), RATPlus(RATConfig(64, 1, 2, 16))
     twin.load_state_dict(model.state_dict())
+
     def batch(step):
         return torch.randint(64, (2, 4, 20), generator=torch.Generator().manual_seed(step)).unbind()
 
@@ -361,12 +361,8 @@ def test_bins_give_the_vocabulary_and_end_of_text():
     assert config.eot == -1
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.system, ("touch exploded",)
-
-
 def test_meta_pkl_is_never_unpickled():
+    Bomb.path = "exploded"
     bins([3, 70, 1] * 10)
     with open("bins/meta.pkl", "wb") as f:
         pickle.dump(Bomb(), f)
