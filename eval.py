@@ -71,7 +71,7 @@ def measure(dense, given):
         for label, version in weights.items():
             losses[pattern, label] = evaluate(version, val, parsed, config)
             print(f"{pattern} {label}: loss {losses[pattern, label]:.4f}", flush=True)
-    arl = meta.get("train", {}).get("arl") != "none"
+    arl = meta.get("train", {}).get("arl") not in ("none", "D1")   # two dense updates are no ARL
     kind = "attention-only" if not model.config.recurrence else "RAT+" if arl else "RAT+ without ARL"
     return f"{kind} ({dense if config.checkpoint else os.path.dirname(dense)})", losses, costs
 

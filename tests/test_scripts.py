@@ -110,6 +110,14 @@ def test_compare_puts_runs_side_by_side(trained, capsys):
     assert "| RAT+ (out): loss |" in out and "| attention-only (plain): loss |" in out and out.count("    line [") == 2
 
 
+@pytest.mark.parametrize("arl, name", [("D64", "RAT+ (out)"), ("none", "RAT+ without ARL (out)"), ("D1", "RAT+ without ARL (out)")])
+def test_eval_names_the_model(trained, capsys, arl, name):
+    model, meta = load_checkpoint(trained)
+    save_checkpoint(trained, model, **{**meta, "train": {**meta["train"], "arl": arl}})
+    call("eval", "--device", "cpu")
+    assert f"| {name}: loss |" in capsys.readouterr().out
+
+
 def test_keys_per_token_counts_the_mask():
     rng, config = random.Random(0), RATConfig(64, 2, 4, 32)
     for _ in range(50):
