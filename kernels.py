@@ -1,12 +1,12 @@
 """
-RAT+'s two operations, in plain PyTorch.
+RAT+'s operations: a plain-PyTorch reference of each, and beside it the Triton kernel that a GPU runs.
 
   recurrence   h_t = a_t * h_{t-1} + (1 - a_t) * x_t        a_t = sigmoid(g_t), x in {k, v}       (2)
   attention    y_t = sum over allowed p of softmax_p(q_t . k_p / sqrt(Dh)) v_p                    (3)
   allowed      p <= t, and p is on the dilated grid, in the window, or a sink                     (4)
 
-Equation numbers are README's. These run on any device and define what the operations mean; they are written to be read
-first, then to be quick enough for small models. GPU kernels are not here yet: `path` says so in every script's header.
+Equation numbers are README's. The references run on any device and define what the operations mean. The kernels take
+over on CUDA, unasked, by the same names and with gradients; `path` says in every script's header which of the two ran.
 
   code             shape             paper
   k, v             (B, T, C)         k_t, v_t: keys and values before the recurrence
@@ -18,17 +18,42 @@ first, then to be quick enough for small models. GPU kernels are not here yet: `
   t, p             int64 tensors     position of a query, position of a key
   B T C H Dh                         batch, time, channels (C = H * Dh), heads, head width
 
-`python kernels.py` checks both operations against float64 loops on fresh random inputs.
+In kernels: BT, BC, BM, BN are the sides of a program's tile (time, channels, queries, keys); a trailing comment gives a
+tile's shape. A program is one block of GPU threads; programs run in the order of their number, many at once.
+
+`python kernels.py` checks everything against float64 loops on fresh random inputs, then times it on a GPU.
 """
+import argparse
 import math
+import os
 import sys
+import types
 
 import torch
 import torch.nn.functional as F
 
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                       # no GPU: the checks run the kernels in Triton's interpreter
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:                                            # not on this platform: the references run
+    triton, jit, tl = None, lambda f: f, types.SimpleNamespace(constexpr=int)
+
+
+INTERPRETED = False      # True: CPU tensors go to the kernels too, for Triton's interpreter (TRITON_INTERPRET=1), as in tests
+
+
+def runs_kernels(x):
+    """Do the kernels take this tensor? On CUDA with Triton, in float32, float16 or bfloat16."""
+    return triton is not None and (x.is_cuda or INTERPRETED) and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
 
 def path(device):
     """Which implementation runs on `device`, for the header line of the scripts."""
+    if runs_kernels(torch.empty(0, device=device)):
+        return f"Triton {triton.__version__} kernels on {torch.cuda.get_device_name(device)}"
     return f"reference (plain PyTorch) on {device}"
 
 
@@ -94,6 +119,221 @@ class Recurrence(torch.autograd.Function):
         return tuple(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes))
 
 
+# Kernel: the recurrence. A program takes a tile of BT steps x BC channels of one sequence and writes, in one pass,
+#
+#   h_t = P_t * h_in + H_t        P_t: product of the tile's decays up to t, H_t: the tile's own scan from zero
+#
+# where h_in, the h just before the tile, comes from the program before it. So the tiles of a sequence form a chain, but one
+# that carries BC numbers at a time: the rest is done before they arrive. A number travels as one 64-bit word, its float32
+# bits above a flag: the reader spins until all flags are set, and no fence is needed, since a word is never torn. The
+# chain can't lock up: a program waits only for one of a smaller number, which has started before it.
+#
+# A tile is held as (N, RUN, BC), t = n * RUN + r: the RUN steps of a run sit in one thread's registers and are scanned there
+# without any exchange; only the runs' ends, a RUN-th of the data, go through shuffles and shared memory.
+#
+# Grid: chunks x B x C / BC, chunks slowest. Bytes per element in bf16: reads k, v, g, writes k_rec, v_rec: 10, and for the
+# chain 2 words of 8 / BT, each zeroed, written and read. The alternative without a chain, one pass for the tiles' ends and one
+# for the outputs, is 16; a program that walks a whole sequence is also 10, but leaves most of the chip idle when B * C is
+# small. Limits: registers (a tile holds P, H and the inputs in float32), and for one long sequence the chain's latency.
+
+@jit
+def sigmoid(g):
+    return 1 / (1 + tl.exp(-g))
+
+
+@jit
+def then(a1, k1, v1, a2, k2, v2):
+    """Step 1, then step 2, of the chains of k and v: h -> a1 h + x1 -> a2 (a1 h + x1) + x2."""
+    return a1 * a2, a2 * k1 + k2, a2 * v1 + v2
+
+
+@jit
+def then_run(a1, k1, v1, A1, K1, V1, a2, k2, v2, A2, K2, V2):
+    """The same for runs of steps. The capitals leave out the last run: a scan of them gives what enters each run."""
+    return a1 * a2, a2 * k1 + k2, a2 * v1 + v2, a1 * A2, A2 * k1 + K2, A2 * v1 + V2
+
+
+@jit
+def last(x, axis: tl.constexpr):
+    """x at the last index of axis 0 of (N, BC) or of axis 1 of (N, RUN, BC)."""
+    i = tl.arange(0, x.shape[axis]) == x.shape[axis] - 1
+    return tl.sum(tl.where(i[:, None] if axis == 0 else i[None, :, None], x, 0), axis)
+
+
+@jit
+def either(a, b):
+    return a | b
+
+
+@jit
+def read_words(word, mask, COPIES: tl.constexpr):
+    """The words (BC,), 0 if not yet sent. Every thread reads for itself and the COPIES are joined: threads that read the
+    same word at different times would otherwise not agree on whether it has come."""
+    word = word[None, :] + tl.zeros((COPIES, 1), tl.int32)
+    return tl.reduce(tl.load(word, mask=mask[None, :], other=1, volatile=True), 0, either)
+
+
+@jit
+def chain(a, x_k, x_v, first_k, first_v, words, chunk, chunks, b, c, C, COPIES: tl.constexpr):
+    """h_t = a_t * h_{t-1} + x_t over the tile (N, RUN, BC) of a chunk, x in {k, v}, in float32.
+
+    first (B, C): what enters chunk 0; words (B, chunks, 2, C) int64: what leaves each chunk. Returns h_k, h_v (N, RUN, BC)
+    and h at the end of the chunk, 2 x (BC,).
+    """
+    p, h_k, h_v = tl.associative_scan((a, x_k, x_v), 1, then)
+    zero = last(p, 1) * 0
+    runs = last(p, 1), last(h_k, 1), last(h_v, 1), zero + 1, zero, zero
+    p_run, k_run, v_run, p_in, k_in, v_in = tl.associative_scan(runs, 0, then_run)                  # (N, BC)
+    p_end, end_k, end_v = last(p_run, 0), last(k_run, 0), last(v_run, 0)                            # (BC,)
+
+    mask, word = c < C, words + (b * chunks + chunk) * 2 * C + c
+    if chunk == 0:
+        in_k, in_v = tl.load(first_k + b * C + c, mask=mask, other=0), tl.load(first_v + b * C + c, mask=mask, other=0)
+    else:
+        k, v = read_words(word - 2 * C, mask, COPIES), read_words(word - C, mask, COPIES)
+        while tl.min(k & v & 1) == 0:
+            k, v = read_words(word - 2 * C, mask, COPIES), read_words(word - C, mask, COPIES)
+        in_k, in_v = (k >> 32).to(tl.int32).to(tl.float32, bitcast=True), (v >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    end_k += p_end * in_k
+    end_v += p_end * in_v
+    tl.store(word, (end_k.to(tl.int32, bitcast=True).to(tl.int64) << 32) | 1, mask=mask)
+    tl.store(word + C, (end_v.to(tl.int32, bitcast=True).to(tl.int64) << 32) | 1, mask=mask)
+    k_in += p_in * in_k[None, :]                                                                    # enters each run
+    v_in += p_in * in_v[None, :]
+    return h_k + p * k_in[:, None, :], h_v + p * v_in[:, None, :], end_k, end_v
+
+
+@jit
+def place(B, C, chunks, RUN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """(chunk, sequence, channels (BC,), steps within the chunk (N, RUN, 1)) of this program."""
+    program, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(C, BC)
+    c = (program % tiles * BC).to(tl.int32) + tl.arange(0, BC)
+    i = tl.arange(0, BT // RUN)[:, None, None] * RUN + tl.arange(0, RUN)[None, :, None]
+    return program // (tiles * B), program // tiles % B, c, i
+
+
+@jit
+def recurrence_forward_kernel(k, v, g, stride_b, stride_t, k0, v0, k_rec, v_rec, k_end, v_end, words, B, T, C,
+                              RUN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, COPIES: tl.constexpr):
+    """k, v, g (B, T, C) with these strides; k_rec, v_rec (B, T, C); k0, v0, k_end, v_end (B, C) float32; words: zeros."""
+    chunks = tl.cdiv(T, BT)
+    chunk, b, c, i = place(B, C, chunks, RUN, BT, BC)
+    live = (i < T - chunk * BT) & (c < C)[None, None, :]                                            # (N, RUN, BC)
+    at = b * stride_b + chunk * BT * stride_t + i * stride_t + c[None, None, :]
+    a = sigmoid(tl.load(g + at, mask=live, other=float("inf")).to(tl.float32))                      # past the end: a = 1, x = 0
+    x_k = (1 - a) * tl.load(k + at, mask=live, other=0).to(tl.float32)
+    x_v = (1 - a) * tl.load(v + at, mask=live, other=0).to(tl.float32)
+    h_k, h_v, end_k, end_v = chain(a, x_k, x_v, k0, v0, words, chunk, chunks, b, c, C, COPIES)
+    if chunk == chunks - 1:
+        tl.store(k_end + b * C + c, end_k, mask=c < C)
+        tl.store(v_end + b * C + c, end_v, mask=c < C)
+    out = (b * T + chunk * BT) * C + i * C + c[None, None, :]
+    tl.store(k_rec + out, h_k.to(k_rec.dtype.element_ty), mask=live)
+    tl.store(v_rec + out, h_v.to(v_rec.dtype.element_ty), mask=live)
+
+
+# Kernel: its backward. With d_t = dL/dh_t (see Recurrence), the same chain, run from the end:
+#
+#   d_t = dy_t + a_{t+1} * d_{t+1}         dx_t = (1 - a_t) * d_t         dg_t = sum over k, v of dx_t * (h_t - x_t)
+#
+# since a_t (h_{t-1} - x_t) = h_t - x_t. So dg needs no step before t, and h is read where the forward pass has written it.
+# a_{t+1} is loaded beside a_t; its line is in the L1 cache already. Step i of a chunk is the i-th from the end.
+#
+# Bytes per element in bf16: reads k, v, g, k_rec, v_rec, dk_rec, dv_rec, writes dk, dv, dg: 20. The alternative, computing h
+# again in each tile, is 16, but a second scan, in the other direction, doubles the registers: three times slower when tried.
+
+@jit
+def recurrence_backward_kernel(k, v, g, stride_b, stride_t, k_rec, v_rec, dk_rec, dv_rec, dk_end, dv_end,
+                               dk, dv, dg, dk0, dv0, words, B, T, C, RUN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+                               COPIES: tl.constexpr):
+    """Shapes as in the forward kernel; dk, dv, dg, dk_rec, dv_rec (B, T, C)."""
+    chunks = tl.cdiv(T, BT)
+    chunk, b, c, i = place(B, C, chunks, RUN, BT, BC)
+    live = (i < T - chunk * BT) & (c < C)[None, None, :]
+    end = T - 1 - chunk * BT                                                                        # the step where i = 0
+    at = b * stride_b + end * stride_t - i * stride_t + c[None, None, :]
+    out = (b * T + end) * C - i * C + c[None, None, :]
+    a_next = sigmoid(tl.load(g + at + stride_t, mask=live & (i > end + 1 - T), other=float("inf")).to(tl.float32))
+    d_k = tl.load(dk_rec + out, mask=live, other=0).to(tl.float32)
+    d_v = tl.load(dv_rec + out, mask=live, other=0).to(tl.float32)
+    d_k, d_v, first_k, first_v = chain(a_next, d_k, d_v, dk_end, dv_end, words, chunk, chunks, b, c, C, COPIES)
+    if chunk == chunks - 1:
+        a = sigmoid(tl.load(g + b * stride_b + c, mask=c < C, other=0).to(tl.float32))
+        tl.store(dk0 + b * C + c, a * first_k, mask=c < C)
+        tl.store(dv0 + b * C + c, a * first_v, mask=c < C)
+    keep = 1 - sigmoid(tl.load(g + at, mask=live, other=0).to(tl.float32))
+    d_k *= keep
+    d_v *= keep
+    far_k = tl.load(k_rec + out, mask=live, other=0).to(tl.float32) - tl.load(k + at, mask=live, other=0).to(tl.float32)
+    far_v = tl.load(v_rec + out, mask=live, other=0).to(tl.float32) - tl.load(v + at, mask=live, other=0).to(tl.float32)
+    tl.store(dk + out, d_k.to(dk.dtype.element_ty), mask=live)
+    tl.store(dv + out, d_v.to(dv.dtype.element_ty), mask=live)
+    tl.store(dg + out, (d_k * far_k + d_v * far_v).to(dg.dtype.element_ty), mask=live)
+
+
+RECURRENCE = {                                                 # tiles: fastest on an H100, for many chains and for few long ones
+    "forward": (dict(RUN=4, BT=64, BC=64, num_warps=4), dict(RUN=8, BT=128, BC=32, num_warps=2)),
+    "backward": (dict(RUN=4, BT=64, BC=64, num_warps=4, maxnreg=168), dict(RUN=4, BT=128, BC=32, num_warps=4, maxnreg=168))}
+
+
+def launch_recurrence(kernel, configs, B, T, C, *arguments):
+    """Run a kernel of the recurrence with the words of its chain."""
+    config = configs[B * C < 4096]
+    chunks, copies = triton.cdiv(T, config["BT"]), max(1, 32 * config["num_warps"] // config["BC"])
+    words = torch.zeros(B, chunks, 2, C, dtype=torch.int64, device=arguments[0].device)
+    kernel[chunks * B * triton.cdiv(C, config["BC"]),](*arguments, words, B, T, C, COPIES=copies, **config)
+
+
+def alike(*tensors):
+    """The tensors, with channels next to each other in memory and all of the same strides: copied only if they are not."""
+    first, *rest = (x.stride() for x in tensors)
+    return tensors if first[-1] == 1 and all(stride == first for stride in rest) else tuple(x.contiguous() for x in tensors)
+
+
+@torch.library.custom_op("rat::recurrence", mutates_args=())
+def recurrence_forward(k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, k0: torch.Tensor, v0: torch.Tensor
+                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k_rec, v_rec (B, T, C); k_end, v_end (B, C) float32."""
+    k, v, g = alike(k, v, g)
+    outputs = recurrence_fake(k, v, g, k0, v0)
+    launch_recurrence(recurrence_forward_kernel, RECURRENCE["forward"], *k.shape,
+                      k, v, g, *k.stride()[:2], k0.contiguous(), v0.contiguous(), *outputs)
+    return outputs
+
+
+@recurrence_forward.register_fake
+def recurrence_fake(k, v, g, k0, v0):
+    return k.new_empty(k.shape), v.new_empty(v.shape), k0.new_empty(k0.shape), v0.new_empty(v0.shape)
+
+
+@torch.library.custom_op("rat::recurrence_backward", mutates_args=())
+def recurrence_backward(k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, k_rec: torch.Tensor, v_rec: torch.Tensor,
+                        dk_rec: torch.Tensor, dv_rec: torch.Tensor, dk_end: torch.Tensor, dv_end: torch.Tensor
+                        ) -> list[torch.Tensor]:
+    """The gradients of k, v, g (B, T, C), k0, v0 (B, C)."""
+    k, v, g = alike(k, v, g)
+    grads = recurrence_backward_fake(k, v, g, k_rec, v_rec, dk_rec, dv_rec, dk_end, dv_end)
+    rest = [x.contiguous() for x in (k_rec, v_rec, dk_rec, dv_rec, dk_end, dv_end)]
+    launch_recurrence(recurrence_backward_kernel, RECURRENCE["backward"], *k.shape, k, v, g, *k.stride()[:2], *rest, *grads)
+    return grads
+
+
+@recurrence_backward.register_fake
+def recurrence_backward_fake(k, v, g, k_rec, v_rec, dk_rec, dv_rec, dk_end, dv_end):
+    return [x.new_empty(x.shape) for x in (k, v, g, dk_end, dv_end)]
+
+
+def recurrence_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output[:2])
+
+
+def recurrence_grad(ctx, *grads):
+    return tuple(recurrence_backward(*ctx.saved_tensors, *grads))
+
+
+recurrence_forward.register_autograd(recurrence_grad, setup_context=recurrence_setup)
+
+
 def recurrence(k, v, g, state=None):
     """The gated recurrence over keys and values, equation (2) of README. Differentiable in every input.
 
@@ -107,7 +347,10 @@ def recurrence(k, v, g, state=None):
     assert len(set(shapes)) == 1 and T >= 1, f"recurrence: k, v, g must share one shape (B, T >= 1, C), got {shapes}"
     if state is None:
         state = (k.new_zeros(B, C, dtype=torch.promote_types(k.dtype, torch.float32)),) * 2
-    k_rec, v_rec, k_end, v_end = Recurrence.apply(k, v, g, *state)
+    if runs_kernels(k):
+        k_rec, v_rec, k_end, v_end = recurrence_forward(k, v, g, *(z.float() for z in state))
+    else:
+        k_rec, v_rec, k_end, v_end = Recurrence.apply(k, v, g, *state)
     return k_rec, v_rec, (k_end, v_end)
 
 
@@ -137,17 +380,12 @@ def attention_at(q, k_rec, v_rec, t, p, dilation, window, sinks):
     return F.scaled_dot_product_attention(q, k_rec, v_rec, attn_mask=mask)
 
 
-def attention(q, k_rec, v_rec, dilation, window, sinks, block=128):
-    """Causal attention of a whole sequence over a dilated grid, a window and sinks: equation (3) of README.
+def attention_by_blocks(q, k_rec, v_rec, dilation, window, sinks, block=128):
+    """The reference of the attention kernels: `attention` in plain PyTorch.
 
-    q, k_rec, v_rec: (B, H, T, Dh), one dtype, after RoPE. Returns (B, H, T, Dh). One softmax over the union.
     Queries go in blocks; a block gathers only keys that one of its queries may use, so a query costs
-    T/dilation + window + sinks + block keys, not T. Dilation 1 is PyTorch's dense causal attention.
+    T/dilation + window + sinks + block keys, not T.
     """
-    shapes = [tuple(z.shape) for z in (q, k_rec, v_rec)]
-    assert len(set(shapes)) == 1, f"attention: q, k_rec, v_rec must share one shape (B, H, T, Dh), got {shapes}"
-    if dilation == 1:
-        return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
     y = []
     for q_block, t in zip(q.split(block, dim=2), torch.arange(q.shape[2], device=q.device).split(block)):
         p = torch.arange(t[-1] + 1, device=q.device)
@@ -155,6 +393,351 @@ def attention(q, k_rec, v_rec, dilation, window, sinks, block=128):
         k, v = k_rec.index_select(2, p), v_rec.index_select(2, p)
         y.append(attention_at(q_block, k, v, t, p, dilation, window, sinks))
     return torch.cat(y, dim=2)
+
+
+# Kernel: sparse attention. The keys that a query at t may attend to are of three kinds, and every key is of one kind only:
+#
+#   itself     p = t
+#   lasting    p < t, a sink or on the grid: once in reach, in reach of every later query
+#   passing    0 < t - p <= window, neither sink nor on the grid
+#
+# The lasting positions form a list, j -> p: first the sinks p = j, then the grid from the first position behind them. A
+# program takes BM queries of one head; itself starts the online softmax (m: largest score, l: sum, acc: weighted values),
+# so that no query is ever without a key; then tiles of BN lasting keys are gathered from the list, row by row, and
+# tiles of BN passing keys from the window. Keys of no kind are never loaded: cost grows with T / D + S + W.
+#
+# Scores are in units of log2: scale = log2(e) / sqrt(Dh), so that exp2, which the hardware has, replaces exp. lse = m + log2(l)
+# is kept for the backward pass. Grid: query blocks x B x H, the blocks of a head together (they share its keys in the L2
+# cache), those with most keys first. Bytes: q, y, and the own k and v, 4 x Dh per query and head, 8 Dh in bf16; the other
+# keys come from the cache, which holds them. FLOPs: 4 Dh x (t / D + S + W) per query. One softmax, where flex_attention
+# needs either all T keys under a mask or two calls, merged through memory by their lse.
+#
+# 64-bit offsets are taken by row and head, so that any T works.
+
+FAR = tl.constexpr(2**30)      # a position that no query reaches
+
+
+@jit
+def lasting(j, DILATION: tl.constexpr, SINKS: tl.constexpr):
+    """The position of the j-th lasting key; where there is none, one that no query reaches."""
+    if DILATION > 0:
+        p = tl.where(j < SINKS, j, (j - SINKS + SINKS // DILATION + 1) * DILATION - 1)
+    else:
+        p = tl.where(j < SINKS, j, FAR)
+    return p
+
+
+@jit
+def count_lasting(t, DILATION: tl.constexpr, SINKS: tl.constexpr):
+    """How many lasting keys lie before position t."""
+    n = tl.minimum(t, SINKS)
+    if DILATION > 0:
+        n += tl.maximum(t // DILATION - SINKS // DILATION, 0)
+    return n
+
+
+@jit
+def passing(p, DILATION: tl.constexpr, SINKS: tl.constexpr):
+    """p, if it is neither a sink nor on the grid; else a position that no query reaches."""
+    yes = p >= SINKS
+    if DILATION > 0:
+        yes = yes & ((p + 1) % DILATION != 0)
+    return tl.where(yes, p, FAR)
+
+
+@jit
+def within(x, n: tl.constexpr):
+    """0 <= x < n, in one comparison."""
+    return x.to(tl.uint32, bitcast=True) < n
+
+
+@jit
+def load_rows(x, row, stride, live, DH: tl.constexpr, BD: tl.constexpr):
+    """Rows of x (., Dh) -> (len(row), BD); 0 where not live, and beyond Dh."""
+    d = tl.arange(0, BD)
+    mask = live[:, None] if DH == BD else live[:, None] & (d < DH)[None, :]
+    return tl.load(x + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0)
+
+
+@jit
+def store_rows(x, row, stride, values, live, DH: tl.constexpr, BD: tl.constexpr):
+    d = tl.arange(0, BD)
+    mask = live[:, None] if DH == BD else live[:, None] & (d < DH)[None, :]
+    tl.store(x + row.to(tl.int64)[:, None] * stride + d[None, :], values.to(x.dtype.element_ty), mask=mask)
+
+
+@jit
+def attend(q, k, v, sees, scale, acc, l, m):
+    """One step of the online softmax: BN keys more. q (BM, BD); k, v (BN, BD); sees (BM, BN); acc (BM, BD); l, m (BM,)."""
+    s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, l * shrink + tl.sum(p, 1), m_new
+
+
+@jit
+def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, y, y_b, y_h, y_t, lse, H, T, scale,
+                             DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, DH: tl.constexpr,
+                             BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+    """q, k, v, y (B, H, T, Dh), each with its strides; lse (B, H, T) float32."""
+    blocks = tl.cdiv(T, BM)
+    head, block = tl.program_id(0).to(tl.int64) // blocks, blocks - 1 - tl.program_id(0) % blocks
+    b, h, first = head // H, head % H, block * BM
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    t = first + tl.arange(0, BM)
+    live = t < T
+    q_tile = load_rows(q + b * q_b + h * q_h, t, q_t, live, DH, BD)                                 # (BM, BD)
+    own_k = load_rows(k, t, k_t, live, DH, BD)
+    m = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
+    l = tl.full((BM,), 1, tl.float32)
+    acc = load_rows(v, t, v_t, live, DH, BD).to(tl.float32)
+    n = count_lasting(tl.minimum(first + BM, T), DILATION, SINKS)
+    for j0 in tl.range(0, n, BN, num_stages=STAGES):
+        j = j0 + tl.arange(0, BN)
+        p = lasting(j, DILATION, SINKS)                                                             # (BN,)
+        k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
+        acc, l, m = attend(q_tile, k_tile, v_tile, p[None, :] < t[:, None], scale, acc, l, m)
+    if WINDOW > 0:
+        for p0 in tl.range(tl.maximum(first - WINDOW, 0), tl.minimum(first + BM, T), BN, num_stages=STAGES):
+            p = p0 + tl.arange(0, BN)
+            k_tile, v_tile = load_rows(k, p, k_t, p < T, DH, BD), load_rows(v, p, v_t, p < T, DH, BD)
+            sees = within(t[:, None] - 1 - passing(p, DILATION, SINKS)[None, :], WINDOW)
+            acc, l, m = attend(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
+    store_rows(y + b * y_b + h * y_h, t, y_t, acc / l[:, None], live, DH, BD)
+    tl.store(lse + head * T + t, m + tl.log2(l), mask=live)
+
+
+# Kernels: its backward. With P the softmax (from lse), dO the gradient of y, and delta_t = dO_t . y_t:
+#
+#   dS = P * (dO V^T - delta)        dQ = dS K / sqrt(Dh)        dK = dS^T Q / sqrt(Dh)        dV = P^T dO
+#
+# dQ goes by queries, like the forward pass, and computes delta on the way. With no window, nobody but its own query sees a
+# passing key: its dK and dV are written there too. The rest of dK and dV goes by keys, in a kernel that runs once over the
+# lasting keys and once, if there is a window, over the passing ones; each row of dK and dV is written by exactly one.
+#
+# Lasting keys are few, and each is seen by all later queries: with D 64 and T 4096 one tile of keys a head, far too few
+# programs. So the queries of a tile are split over several programs; their float32 sums go through memory, and are added
+# in a fixed order: the same input gives the same gradient, to the bit, which atomic additions would not.
+#
+# Bytes, bf16, per query and head: dQ reads q, k, v, y, dO and writes dq, dk, dv: 16 Dh. dK, dV read q, dO once per key tile,
+# mostly from the L2 cache: the tiles of a head run side by side. FLOPs: 6 and 8 Dh per pair, where the forward pass has 4.
+
+@jit
+def attend_backward(q, k, v, dy, sees, lse, delta, scale, dq):
+    """dq (BM, BD) of BN keys more, without the factor 1 / sqrt(Dh)."""
+    s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
+    p = tl.exp2(s * scale - lse[:, None])                                                           # (BM, BN)
+    ds = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@jit
+def attention_backward_q_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, y, y_b, y_h, y_t,
+                                dy, dy_b, dy_h, dy_t, dq, dk, dv, d_b, d_h, d_t, lse, delta, H, T, scale, factor,
+                                DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, DH: tl.constexpr,
+                                BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+    """As the forward kernel; dq, dk, dv share strides; delta (B, H, T) float32; factor 1 / sqrt(Dh)."""
+    blocks = tl.cdiv(T, BM)
+    head, block = tl.program_id(0).to(tl.int64) // blocks, blocks - 1 - tl.program_id(0) % blocks
+    b, h, first = head // H, head % H, block * BM
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    at = b * d_b + h * d_h
+    t = first + tl.arange(0, BM)
+    live = t < T
+    lse_t = tl.load(lse + head * T + t, mask=live, other=float("inf"))
+    dy_tile = load_rows(dy + b * dy_b + h * dy_h, t, dy_t, live, DH, BD)                            # (BM, BD)
+    y_tile = load_rows(y + b * y_b + h * y_h, t, y_t, live, DH, BD)
+    delta_t = tl.sum(dy_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
+    tl.store(delta + head * T + t, delta_t, mask=live)
+    q_tile = load_rows(q + b * q_b + h * q_h, t, q_t, live, DH, BD)
+    own_k, own_v = load_rows(k, t, k_t, live, DH, BD).to(tl.float32), load_rows(v, t, v_t, live, DH, BD).to(tl.float32)
+    own_p = tl.exp2(tl.sum(q_tile.to(tl.float32) * own_k, 1) * scale - lse_t)
+    own_ds = own_p * (tl.sum(dy_tile.to(tl.float32) * own_v, 1) - delta_t)
+    if WINDOW == 0:
+        alone = live & (passing(t, DILATION, SINKS) == t)
+        store_rows(dk + at, t, d_t, (own_ds * factor)[:, None] * q_tile.to(tl.float32), alone, DH, BD)
+        store_rows(dv + at, t, d_t, own_p[:, None] * dy_tile.to(tl.float32), alone, DH, BD)
+    acc = own_ds[:, None] * own_k
+    n = count_lasting(tl.minimum(first + BM, T), DILATION, SINKS)
+    for j0 in tl.range(0, n, BN, num_stages=STAGES):
+        j = j0 + tl.arange(0, BN)
+        p = lasting(j, DILATION, SINKS)
+        k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
+        acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, p[None, :] < t[:, None], lse_t, delta_t, scale, acc)
+    if WINDOW > 0:
+        for p0 in tl.range(tl.maximum(first - WINDOW, 0), tl.minimum(first + BM, T), BN, num_stages=STAGES):
+            p = p0 + tl.arange(0, BN)
+            k_tile, v_tile = load_rows(k, p, k_t, p < T, DH, BD), load_rows(v, p, v_t, p < T, DH, BD)
+            sees = within(t[:, None] - 1 - passing(p, DILATION, SINKS)[None, :], WINDOW)
+            acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
+    store_rows(dq + at, t, d_t, acc * factor, live, DH, BD)
+
+
+@jit
+def attention_backward_kv_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, dy, dy_b, dy_h, dy_t,
+                                 dk, dv, d_b, d_h, d_t, part, lse, delta, H, T, scale, factor, n, tiles, splits,
+                                 LASTING: tl.constexpr, SPLIT: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr,
+                                 SINKS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                                 STAGES: tl.constexpr):
+    """dk and dv of one tile of the n lasting keys (LASTING) or of the passing keys among n = T, from one of `splits` shares
+    of the queries that see it. SPLIT: to part (splits, 2, B * H, n, Dh) float32 instead of dk, dv."""
+    program = tl.program_id(0).to(tl.int64)
+    tile, split, head = (program % tiles).to(tl.int32), program // tiles % splits, program // tiles // splits
+    b, h = head // H, head % H
+    j = tile * BN + tl.arange(0, BN)
+    if LASTING:
+        p, live, end = lasting(j, DILATION, SINKS), j < n, T
+    else:
+        p, live, end = j, (j < n) & (passing(j, DILATION, SINKS) == j), tl.minimum(tile * BN + BN + WINDOW, T)
+    first = tl.min(p)
+    k_tile = load_rows(k + b * k_b + h * k_h, p, k_t, live, DH, BD)                                 # (BN, BD)
+    v_tile = load_rows(v + b * v_b + h * v_h, p, v_t, live, DH, BD)
+    q += b * q_b + h * q_h
+    dy += b * dy_b + h * dy_h
+    acc_k, acc_v = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BD), tl.float32)
+    blocks = tl.cdiv(end - first, BM)
+    for block in tl.range((blocks * split // splits).to(tl.int32), (blocks * (split + 1) // splits).to(tl.int32),
+                          num_stages=STAGES):
+        t = first + block * BM + tl.arange(0, BM)                                                   # (BM,)
+        q_tile, dy_tile = load_rows(q, t, q_t, t < end, DH, BD), load_rows(dy, t, dy_t, t < end, DH, BD)
+        lse_t = tl.load(lse + head * T + t, mask=t < end, other=float("inf"))
+        delta_t = tl.load(delta + head * T + t, mask=t < end, other=0)
+        sees = p[:, None] <= t[None, :] if LASTING else within(t[None, :] - p[:, None], WINDOW + 1)
+        s = tl.where(sees, tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"), -float("inf"))
+        prob = tl.exp2(s * scale - lse_t[None, :])                                                  # (BN, BM)
+        acc_v = tl.dot(prob.to(dy_tile.dtype), dy_tile, acc_v, input_precision="ieee")
+        ds = prob * (tl.dot(v_tile, tl.trans(dy_tile), input_precision="ieee") - delta_t[None, :])
+        acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision="ieee")
+    if SPLIT:
+        heads = tl.num_programs(0) // tiles // splits
+        store_rows(part + ((split * 2 + 0) * heads + head) * n * DH, j, DH, acc_k * factor, live, DH, BD)
+        store_rows(part + ((split * 2 + 1) * heads + head) * n * DH, j, DH, acc_v, live, DH, BD)
+    else:
+        at = b * d_b + h * d_h
+        store_rows(dk + at, p, d_t, acc_k * factor, live, DH, BD)
+        store_rows(dv + at, p, d_t, acc_v, live, DH, BD)
+
+
+ATTENTION = {                          # tiles by the bytes of a key's row: fastest on an H100, and within 99 KiB of shared memory
+    "forward": {128: dict(BM=64, BN=32, STAGES=3, num_warps=4, maxnreg=96), 256: dict(BM=64, BN=32, STAGES=2, num_warps=4, maxnreg=128)},
+    "q": {128: dict(BM=64, BN=32, STAGES=2, num_warps=4, maxnreg=128), 256: dict(BM=64, BN=32, STAGES=3, num_warps=4)},
+    "kv": {128: dict(BM=32, BN=64, STAGES=3, num_warps=4, maxnreg=168), 256: dict(BM=32, BN=64, STAGES=3, num_warps=4)}}
+WIDE = {512: dict(BM=32, BN=32, STAGES=1, num_warps=4), 1024: dict(BM=16, BN=16, STAGES=1, num_warps=4)}
+
+
+def attention_plan(kind, q, dilation, window, sinks):
+    """(scale, the constants that the attention kernels share) for q (B, H, T, Dh)."""
+    Dh = q.shape[-1]
+    BD = max(16, triton.next_power_of_2(Dh))
+    constants = dict(DILATION=dilation, WINDOW=min(window, q.shape[2]), SINKS=sinks, DH=Dh, BD=BD)
+    tiles = {**ATTENTION[kind], **WIDE}
+    return math.log2(math.e) / math.sqrt(Dh), {**constants, **tiles[max(128, BD * q.element_size())]}
+
+
+def with_strides(*tensors):
+    """Each tensor (B, H, T, Dh) followed by its strides along B, H and T, as the kernels take them."""
+    return [z for x in tensors for z in (x, *x.stride()[:3])]
+
+
+def new_heads(x):
+    """An empty tensor of x's shape (B, H, T, Dh), laid out so that .transpose(1, 2) is contiguous."""
+    B, H, T, Dh = x.shape
+    return x.new_empty(B, T, H, Dh).transpose(1, 2)
+
+
+@torch.library.custom_op("rat::attention", mutates_args=())
+def attention_forward(q: torch.Tensor, k_rec: torch.Tensor, v_rec: torch.Tensor, dilation: int, window: int, sinks: int
+                      ) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (B, H, T, Dh) and, for the backward pass, lse (B, H, T) float32."""
+    y, lse = attention_fake(q, k_rec, v_rec, dilation, window, sinks)
+    q, k_rec, v_rec = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_rec, v_rec))
+    B, H, T, _ = q.shape
+    scale, constants = attention_plan("forward", q, dilation, window, sinks)
+    grid = triton.cdiv(T, constants["BM"]) * B * H,
+    attention_forward_kernel[grid](*with_strides(q, k_rec, v_rec, y), lse, H, T, scale, **constants)
+    return y, lse
+
+
+@attention_forward.register_fake
+def attention_fake(q, k_rec, v_rec, dilation, window, sinks):
+    return new_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("rat::attention_backward", mutates_args=())
+def attention_backward(dy: torch.Tensor, q: torch.Tensor, k_rec: torch.Tensor, v_rec: torch.Tensor, y: torch.Tensor,
+                       lse: torch.Tensor, dilation: int, window: int, sinks: int) -> list[torch.Tensor]:
+    """dq, dk_rec, dv_rec (B, H, T, Dh)."""
+    dy, q, k_rec, v_rec = (x if x.stride(-1) == 1 else x.contiguous() for x in (dy, q, k_rec, v_rec))
+    dq, dk, dv = new_heads(q), new_heads(q), new_heads(q)
+    delta, (B, H, T, Dh) = torch.empty_like(lse), q.shape
+    strides, factor = dq.stride()[:3], 1 / math.sqrt(Dh)
+    scale, constants = attention_plan("q", q, dilation, window, sinks)
+    grid = triton.cdiv(T, constants["BM"]) * B * H,
+    attention_backward_q_kernel[grid](*with_strides(q, k_rec, v_rec, y, dy), dq, dk, dv, *strides, lse, delta,
+                                      H, T, scale, factor, **constants)
+
+    def backward_kv(n, LASTING, splits=1, part=None):
+        tiles = triton.cdiv(n, constants["BN"])
+        attention_backward_kv_kernel[tiles * splits * B * H,](
+            *with_strides(q, k_rec, v_rec, dy), dk, dv, *strides, part, lse, delta, H, T, scale, factor, n, tiles, splits,
+            LASTING=LASTING, SPLIT=part is not None, **constants)
+
+    scale, constants = attention_plan("kv", q, dilation, window, sinks)
+    if window > 0:
+        backward_kv(T, False)
+    first = min(sinks, T)                                      # sinks, then the grid behind them
+    n = first + (max(0, T // dilation - sinks // dilation) if dilation else 0)
+    if n > 0:
+        constants["BN"] = min(constants["BN"], max(16, triton.next_power_of_2(n)))
+        programs = triton.cdiv(n, constants["BN"]) * B * H
+        splits = max(1, min(8 * PROCESSORS // programs, T // 512))
+        part = q.new_empty(splits, 2, B, H, n, Dh, dtype=torch.float32) if splits > 1 else None
+        backward_kv(n, True, splits, part)
+        if splits > 1:
+            for d, total in zip((dk, dv), part.sum(0)):
+                d[:, :, :first] = total[:, :, :first]
+                if n > first:
+                    d[:, :, (sinks // dilation + 1) * dilation - 1::dilation] = total[:, :, first:]
+    return [dq, dk, dv]
+
+
+PROCESSORS = 132        # of an H100; more or fewer only changes how finely the lasting keys' queries are split
+
+
+@attention_backward.register_fake
+def attention_backward_fake(dy, q, k_rec, v_rec, y, lse, dilation, window, sinks):
+    return [new_heads(q) for _ in range(3)]
+
+
+def attention_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.span = inputs[3:]
+
+
+def attention_grad(ctx, dy, _):
+    return *attention_backward(dy, *ctx.saved_tensors, *ctx.span), None, None, None
+
+
+attention_forward.register_autograd(attention_grad, setup_context=attention_setup)
+
+
+def attention(q, k_rec, v_rec, dilation, window, sinks):
+    """Causal attention of a whole sequence over a dilated grid, a window and sinks: equation (3) of README.
+
+    q, k_rec, v_rec: (B, H, T, Dh), one dtype, after RoPE, any strides. Returns (B, H, T, Dh), differentiable. One softmax
+    over the union. Dilation 1, or a window over everything, is PyTorch's dense causal attention.
+    """
+    shapes = [tuple(z.shape) for z in (q, k_rec, v_rec)]
+    assert len(set(shapes)) == 1, f"attention: q, k_rec, v_rec must share one shape (B, H, T, Dh), got {shapes}"
+    if dilation == 1 or window >= q.shape[2] - 1:
+        return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
+    if runs_kernels(q):
+        return attention_forward(q, k_rec, v_rec, dilation, window, sinks)[0]
+    return attention_by_blocks(q, k_rec, v_rec, dilation, window, sinks)
 
 
 # ---------------------------------------------------------------------------------------------
