@@ -478,36 +478,49 @@ def attend(q, k, v, sees, scale, acc, l, m):
 
 
 @jit
-def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, y, y_b, y_h, y_t, lse, H, T, scale,
+def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, y, y_b, y_h, y_t, lse, k_cache, v_cache,
+                             H, T, start, origin, slots, scale, CACHED: tl.constexpr,
                              DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, DH: tl.constexpr,
                              BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """q, k, v, y (B, H, T, Dh), each with its strides; lse (B, H, T) float32."""
+    """q, y (B, H, T, Dh), each with its strides; the first query is at position `start`; lse (B, H, T) float32.
+
+    Row i of k and v is the key at position origin + i. CACHED: lasting keys are read from k_cache, v_cache (B, H, slots, Dh)
+    instead, contiguous, at the slots that `slot_of` gives them.
+    """
     blocks = tl.cdiv(T, BM)
     head, block = tl.program_id(0).to(tl.int64) // blocks, blocks - 1 - tl.program_id(0) % blocks
-    b, h, first = head // H, head % H, block * BM
+    b, h = head // H, head % H
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
-    t = first + tl.arange(0, BM)
-    live = t < T
-    q_tile = load_rows(q + b * q_b + h * q_h, t, q_t, live, DH, BD)                                 # (BM, BD)
-    own_k = load_rows(k, t, k_t, live, DH, BD)
+    i = block * BM + tl.arange(0, BM)
+    live, t, first, end = i < T, start + i, start + block * BM, start + tl.minimum(block * BM + BM, T)
+    q_tile = load_rows(q + b * q_b + h * q_h, i, q_t, live, DH, BD)                                 # (BM, BD)
+    own_k = load_rows(k, t - origin, k_t, live, DH, BD)
     m = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
     l = tl.full((BM,), 1, tl.float32)
-    acc = load_rows(v, t, v_t, live, DH, BD).to(tl.float32)
-    n = count_lasting(tl.minimum(first + BM, T), DILATION, SINKS)
+    acc = load_rows(v, t - origin, v_t, live, DH, BD).to(tl.float32)
+    n = count_lasting(end, DILATION, SINKS)
     for j0 in tl.range(0, n, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
         p = lasting(j, DILATION, SINKS)                                                             # (BN,)
-        k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
+        if CACHED:
+            row = p
+            if DILATION > 0:
+                row = tl.where((p + 1) % DILATION == 0, SINKS + WINDOW + p // DILATION, p)
+            cache = head * slots * DH
+            k_tile = load_rows(k_cache + cache, row, DH, j < n, DH, BD)
+            v_tile = load_rows(v_cache + cache, row, DH, j < n, DH, BD)
+        else:
+            k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
         acc, l, m = attend(q_tile, k_tile, v_tile, p[None, :] < t[:, None], scale, acc, l, m)
     if WINDOW > 0:
-        for p0 in tl.range(tl.maximum(first - WINDOW, 0), tl.minimum(first + BM, T), BN, num_stages=STAGES):
+        for p0 in tl.range(tl.maximum(first - WINDOW, 0), end, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
-            k_tile, v_tile = load_rows(k, p, k_t, p < T, DH, BD), load_rows(v, p, v_t, p < T, DH, BD)
+            k_tile, v_tile = load_rows(k, p - origin, k_t, p < end, DH, BD), load_rows(v, p - origin, v_t, p < end, DH, BD)
             sees = within(t[:, None] - 1 - passing(p, DILATION, SINKS)[None, :], WINDOW)
             acc, l, m = attend(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
-    store_rows(y + b * y_b + h * y_h, t, y_t, acc / l[:, None], live, DH, BD)
-    tl.store(lse + head * T + t, m + tl.log2(l), mask=live)
+    store_rows(y + b * y_b + h * y_h, i, y_t, acc / l[:, None], live, DH, BD)
+    tl.store(lse + head * T + i, m + tl.log2(l), mask=live)
 
 
 # Kernels: its backward. With P the softmax (from lse), dO the gradient of y, and delta_t = dO_t . y_t:
@@ -633,7 +646,7 @@ def attention_plan(kind, q, dilation, window, sinks):
     """(scale, the constants that the attention kernels share) for q (B, H, T, Dh)."""
     Dh = q.shape[-1]
     BD = max(16, triton.next_power_of_2(Dh))
-    constants = dict(DILATION=dilation, WINDOW=min(window, q.shape[2]), SINKS=sinks, DH=Dh, BD=BD)
+    constants = dict(DILATION=dilation, WINDOW=window, SINKS=sinks, DH=Dh, BD=BD)
     tiles = {**ATTENTION[kind], **WIDE}
     return math.log2(math.e) / math.sqrt(Dh), {**constants, **tiles[max(128, BD * q.element_size())]}
 
@@ -656,9 +669,10 @@ def attention_forward(q: torch.Tensor, k_rec: torch.Tensor, v_rec: torch.Tensor,
     y, lse = attention_fake(q, k_rec, v_rec, dilation, window, sinks)
     q, k_rec, v_rec = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_rec, v_rec))
     B, H, T, _ = q.shape
-    scale, constants = attention_plan("forward", q, dilation, window, sinks)
+    scale, constants = attention_plan("forward", q, dilation, min(window, T), sinks)
     grid = triton.cdiv(T, constants["BM"]) * B * H,
-    attention_forward_kernel[grid](*with_strides(q, k_rec, v_rec, y), lse, H, T, scale, **constants)
+    attention_forward_kernel[grid](*with_strides(q, k_rec, v_rec, y), lse, None, None, H, T, 0, 0, 0, scale, CACHED=False,
+                                   **constants)
     return y, lse
 
 
@@ -672,6 +686,7 @@ def attention_backward(dy: torch.Tensor, q: torch.Tensor, k_rec: torch.Tensor, v
                        lse: torch.Tensor, dilation: int, window: int, sinks: int) -> list[torch.Tensor]:
     """dq, dk_rec, dv_rec (B, H, T, Dh)."""
     dy, q, k_rec, v_rec = (x if x.stride(-1) == 1 else x.contiguous() for x in (dy, q, k_rec, v_rec))
+    window = min(window, q.shape[2])
     dq, dk, dv = new_heads(q), new_heads(q), new_heads(q)
     delta, (B, H, T, Dh) = torch.empty_like(lse), q.shape
     strides, factor = dq.stride()[:3], 1 / math.sqrt(Dh)
