@@ -256,13 +256,14 @@ if triton:
     @triton.jit
     def attend_kernel(x, cos, sin, k_cache, v_cache, length, partial, x_row, x_part, h, slots, scale,
                       D: tl.constexpr, W: tl.constexpr, S: tl.constexpr, Dh: tl.constexpr, BD: tl.constexpr,
-                      BN: tl.constexpr, SPLITS: tl.constexpr):
+                      BN: tl.constexpr):
         """Program (head of a sequence, split): attention of the token over its share of the slots in use.
 
-        partial (B * h, SPLITS, Dh + 2) float32: acc, m, l. The shares follow from `length`, equal at any length to one tile.
+        partial (B * h, splits, Dh + 2) float32: acc, m, l. The shares follow from `length`, equal at any length to one tile.
         Empty slots are never loaded: neither what lies beyond the slots in use, nor a ring slot whose position the grid holds.
         """
-        head, split, t = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.load(length).to(tl.int32)
+        head, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+        t = tl.load(length).to(tl.int32)
         d = tl.arange(0, BD)
         other, cos, sin = turning(cos, sin, d, Dh)
         q = x + head // h * x_row + x_part + head % h * Dh
@@ -273,7 +274,7 @@ if triton:
         k_cache += head * slots * Dh
         v_cache += head * slots * Dh
         m, l, acc = tl.full((BN,), EMPTY, tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN, BD), tl.float32)
-        for tile in range(tiles * split // SPLITS, tiles * (split + 1) // SPLITS):
+        for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
             n = tile * BN + tl.arange(0, BN)
             in_use, slot = n < held, tl.where(n < S + ring, n, n + W - ring)
             if S + W:                                                               # as in `positions`
@@ -293,15 +294,15 @@ if triton:
             m = top
         top = tl.max(m, axis=0)
         weight = tl.exp2(m - top)
-        partial += (head * SPLITS + split) * (Dh + 2)
+        partial += (head * splits + split) * (Dh + 2)
         tl.store(partial + d, tl.sum(weight[:, None] * acc, axis=0), mask=d < Dh)
         tl.store(partial + Dh, top)
         tl.store(partial + Dh + 1, tl.sum(weight * l, axis=0))
 
     @triton.jit
     def combine_kernel(y, x, state, cos, sin, k_cache, v_cache, length, partial, y_row, x_row, x_part, state_row, state_part,
-                       h, slots, scale, D: tl.constexpr, W: tl.constexpr, S: tl.constexpr, Dh: tl.constexpr, BD: tl.constexpr,
-                       SPLITS: tl.constexpr, BS: tl.constexpr, RECURRENCE: tl.constexpr):
+                       h, slots, scale, splits, D: tl.constexpr, W: tl.constexpr, S: tl.constexpr, Dh: tl.constexpr,
+                       BD: tl.constexpr, BS: tl.constexpr, RECURRENCE: tl.constexpr):
         """Program (head of a sequence): the recurrence, the splits and the token itself in one softmax, the gate, the store.
 
         Only now may the token be stored: its ring slot held position t - W, which it had to see.
@@ -324,10 +325,10 @@ if triton:
             k_rec, v_rec, k_other = channels(k, d, Dh), channels(v, d, Dh), channels(k, other, Dh)
         k_rec = k_rec * cos + k_other * sin
         own = tl.sum(q * k_rec, axis=0)
-        partial += (head * SPLITS + split) * (Dh + 2)                               # (BS,)
-        m = tl.load(partial + Dh, mask=split < SPLITS, other=EMPTY)
-        l = tl.load(partial + Dh + 1, mask=split < SPLITS, other=0.0)
-        acc = tl.load(partial[:, None] + d[None, :], mask=(split < SPLITS)[:, None] & mine[None, :], other=0.0)    # (BS, BD)
+        partial += (head * splits + split) * (Dh + 2)                               # (BS,)
+        m = tl.load(partial + Dh, mask=split < splits, other=EMPTY)
+        l = tl.load(partial + Dh + 1, mask=split < splits, other=0.0)
+        acc = tl.load(partial[:, None] + d[None, :], mask=(split < splits)[:, None] & mine[None, :], other=0.0)    # (BS, BD)
         top = tl.maximum(tl.max(m, axis=0), own)
         weight, own = tl.exp2(m - top), tl.exp2(own - top)
         attended = (tl.sum(weight[:, None] * acc, axis=0) + own * v_rec) / (tl.sum(weight * l, axis=0) + own)      # (3)
@@ -351,11 +352,11 @@ def decode_triton(y, x, state, rope, k_cache, v_cache, length, dilation, window,
         units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         splits = max(1, min(64, slots // (2 * BN), 32 * units // (B * h)))
     partial = torch.empty(B * h, splits, Dh + 2, dtype=torch.float32, device=x.device)
-    span, sizes, scale = dict(D=dilation, W=window, S=sinks), dict(Dh=Dh, BD=BD, SPLITS=splits), math.log2(math.e) / math.sqrt(Dh)
+    span, sizes, scale = dict(D=dilation, W=window, S=sinks), dict(Dh=Dh, BD=BD), math.log2(math.e) / math.sqrt(Dh)
     attend_kernel[B * h, splits](x, *rope, k_cache, v_cache, length, partial, x.stride(0), x.stride(1), h, slots, scale,
                                  **span, **sizes, BN=BN, num_warps=4)
     combine_kernel[B * h,](y, x, state, *rope, k_cache, v_cache, length, partial, y.stride(0), x.stride(0), x.stride(1),
-                           state.stride(1), state.stride(0), h, slots, scale, **span, **sizes,
+                           state.stride(1), state.stride(0), h, slots, scale, splits, **span, **sizes,
                            BS=triton.next_power_of_2(splits), RECURRENCE=parts == 5, num_warps=4)
 
 
