@@ -213,13 +213,15 @@ def decode_ref(y, x, state, rope, k_cache, v_cache, length, dilation, window, si
         k_cache[:, :, slot_of(length, *span)], v_cache[:, :, slot_of(length, *span)] = k, v
 
 
-# Two launches per layer and head group. The cache is read once, which is all the time there is; the rest is small:
+# Two launches per layer and head group. attend reads the cache, which is nearly all the bytes; all that is one head wide goes
+# to combine, the recurrence too, as attend wants nothing of the new token but q. B sequences of h heads, n slots in use, bf16:
 #
-#   attend    n slots in use, split over programs    2 n Dh bytes of keys and as many of values per head in bf16
-#   combine   one program per head of a sequence     its splits, the token's own k~ and v~, the gate, the state, the store
+#   attend    grid (B h, splits)    reads 4 B h n Dh bytes, writes 4 B h splits (Dh + 2)
+#   combine   grid (B h,)           reads that again, 10 B h Dh of in_proj's output and 8 of the state; writes 8 and 4 + 2
 #
 # H100, 3.0 TB/s, width 2048 in bf16, one layer: 128 sequences at T 4096 hold n = 4096 (D1), 256 (D16), 64 (D64) or
 # 516 (D16W256S4) slots = 4.29, 0.27, 0.07, 0.54 GB, hence 1.43, 0.09, 0.02, 0.18 ms; in_proj and out_proj add 50 MB, 0.02 ms.
+# Limits: B h < 2^31, slots * Dh < 2^31, positions < 2^31; any even Dh, padded to a power of 2 in registers only.
 #
 # With one query per head a key is used once: two multiply-adds per channel read, far too little for tensor cores to matter,
 # so the arithmetic is float32 on the ordinary cores. What does matter is that loads never wait. So each of the BN rows of a

@@ -278,7 +278,8 @@ class Cache:
     @property
     def nbytes(self):
         """Bytes of all keys, values and states, as allocated."""
-        return sum(z.nbytes for z in [*self.state, *(z for layer in self.groups for group in layer for z in (group.k, group.v))])
+        groups = [group for layer in self.groups for group in layer]
+        return sum(z.nbytes for z in [*self.state, *(group.k for group in groups), *(group.v for group in groups)])
 
     @property
     def slots(self):
@@ -362,9 +363,9 @@ class RATPlus(nn.Module):
     def decode(self, logits, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
         """Yield tokens (B,) without end, the first drawn from logits (B, V), each next one after appending that before it.
 
-        A sequence that yielded `stop` yields it ever after. On a GPU nothing waits for the host: the first step compiles
-        the kernels, the second is captured, with sampling, as a CUDA graph, which is replayed from then on.
-        ValueError at the token for which the cache has no room.
+        A sequence that yielded `stop` yields it ever after. ValueError at the token for which the cache has no room.
+        On a GPU the first step compiles the kernels, and the second is captured as a CUDA graph, sampling included, that is
+        replayed for all later ones: a graph is a list of kernels with fixed arguments, and the position is read on the device.
         """
         token = choose(logits, temperature, top_k, top_p)
 
@@ -384,8 +385,8 @@ class RATPlus(nn.Module):
             cache.length += 1
 
     def stream(self, idx, n_new, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
-        """Prefill idx, then yield up to n_new tokens (B,), as `decode` does. When every sequence has stopped, the stream ends
-        (which is looked up every 16 tokens, as a look makes the host wait)."""
+        """Prefill idx, then yield up to n_new tokens (B,), as `decode` does, fewer if all sequences stop. That is looked up
+        every 16 tokens, as each look makes the host wait for the device."""
         tokens = self.decode(self.prefill(idx, cache), cache, temperature, top_k, top_p, stop)
         for i, token in enumerate(itertools.islice(tokens, n_new), 1):
             yield token
