@@ -22,6 +22,7 @@ stretch that ends at p, so attention may skip most positions: keep every D-th an
 Read on: Pattern (which positions), Mixing (equations 1-5), Cache (what decoding keeps), RATPlus, checkpoints.
 `python model.py D4W4S2` draws a pattern.
 """
+import itertools
 import os
 import re
 import sys
@@ -32,8 +33,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
-from kernels import allowed, attention, attention_at, on_grid, recurrence
+import kernels
+from kernels import FUTURE, allowed, attention, attention_chunk, decode, on_grid, positions, recurrence, rotate, slot_of
 
 # ---------------------------------------------------------------------------------------------
 # Patterns: who may attend to whom
@@ -167,12 +170,6 @@ def rope_angles(t, Dh):
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    """RoPE on x (B, H, T, Dh): channel i of the first half turns with channel i of the second, in float32."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
 class Mixing(nn.Module):
     """Temporal mixing, the part that RAT+ changes: equations (1) to (5)."""
 
@@ -187,19 +184,24 @@ class Mixing(nn.Module):
     def forward(self, x, rope, pattern, cache=None):
         """x (B, T, C) -> (B, T, C). rope: cos and sin of x's positions. With a Cache, x continues what it has seen."""
         B, T, C = x.shape
-        H = self.config.n_head
-        o, q, k, v, *g = self.in_proj(self.norm(x)).split(C, dim=-1)                     # (1)
-        k_rec, v_rec = k, v
+        H, i, groups = self.config.n_head, self.layer, pattern.groups(self.layer, self.config.n_head)
+        x = self.in_proj(self.norm(x))                                                   # (1)
+        if cache and T == 1:                                                             # (2) to (5) in one
+            x, state, y = x.view(B, -1, H, C // H), cache.state[i].view(2, B, H, -1), x.new_empty(B, H, C // H)
+            for held, (_, heads) in zip(cache.groups[i], groups):
+                decode(y[:, heads], x[:, :, heads], state[:, :, heads], rope, held.k, held.v, cache.seen, *held.span)
+            return self.out_proj(y.view(B, 1, C))
+        o, q, k_rec, v_rec, *g = x.split(C, dim=-1)
         if self.config.recurrence:                                                       # (2)
-            k_rec, v_rec, state = recurrence(k, v, *g, cache.state[self.layer] if cache else None)
+            k_rec, v_rec, state = recurrence(k_rec, v_rec, *g, cache.state[i] if cache else None)
             if cache:
-                cache.state[self.layer] = state
+                torch.stack(state, out=cache.state[i])
         q, k_rec, v_rec = (z.view(B, T, H, C // H).transpose(1, 2) for z in (q, k_rec, v_rec))
         q, k_rec = rotate(q, *rope), rotate(k_rec, *rope)                                # after the recurrence
         y = []
-        for i, (rule, heads) in enumerate(pattern.groups(self.layer, H)):                # (3), (4)
+        for j, (rule, heads) in enumerate(groups):                                       # (3), (4)
             qkv = q[:, heads], k_rec[:, heads], v_rec[:, heads]                          # (B, heads, T, Dh)
-            y.append(cache.groups[self.layer][i].attend(*qkv, cache.length) if cache else attention(*qkv, *rule.span))
+            y.append(cache.groups[i][j].attend(*qkv, cache.length) if cache else attention(*qkv, *rule.span))
         y = torch.cat([z.transpose(1, 2) for z in y], dim=2).view(B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                                       # (5)
 
@@ -223,86 +225,68 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # The cache: what decoding keeps
 
-FUTURE = 2**62        # the position of an empty slot: no query reaches it
-
-
 class GroupCache:
-    """Keys (after RoPE) and values of one head group of one layer, in slots laid out as [ sinks | ring | grid ].
-
-    A position has one slot: on the grid, that of its block; else, if it is a sink, its own; else ring slot p mod W,
-    until position p + W takes that over. Which position a slot holds follows from the number of tokens seen, so that
-    nothing but keys and values is stored.
-    """
+    """Keys (after RoPE) and values of one head group of one layer: k, v (B, heads, slots, Dh), the slots as `positions` says."""
 
     def __init__(self, span, batch, heads, Dh, max_len, dtype, device):
-        dilation, window, sinks = self.span = span
-        self.D = dilation or FUTURE                                # without a grid: its first position never comes
-        self.sinks, self.ring = (0, 0) if dilation == 1 else (min(sinks, max_len), min(window, max_len))
-        shape = batch, heads, self.sinks + self.ring + max_len // self.D, Dh
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        dilation, window, sinks = span if span[0] != 1 else (1, 0, 0)                    # D1: all are on the grid
+        self.span = dilation, min(window, max_len), min(sinks, max_len)
+        slots = sum(self.span[1:]) + (max_len // dilation if dilation else 0)
+        self.k, self.v = (torch.zeros(batch, heads, slots, Dh, dtype=dtype, device=device) for _ in "kv")
 
-    def positions(self, length):
-        """The position in each slot that is in use after `length` tokens, (slots,) int64; FUTURE in an empty one."""
-        last, device = length - 1, self.k.device
-        sink, slot = torch.arange(self.sinks, device=device), torch.arange(self.ring, device=device)
-        ring = last - (last - slot) % max(self.ring, 1)            # the latest p with p mod W = slot
-        ring = ring.masked_fill(ring < self.sinks, FUTURE)         # before the start, or a sink
-        p = torch.cat((sink, ring))
-        p = p.masked_fill((p > last) | on_grid(p, self.D), FUTURE)
-        grid = torch.arange(length // self.D, device=device) * self.D + self.D - 1
-        return torch.cat((p, grid))
-
-    def attend(self, q, k_rec, v_rec, length):
-        """Attention of T tokens over themselves and what is held of the `length` before them; then keep them.
+    def attend(self, q, k_rec, v_rec, start):
+        """Attention of T tokens from position `start` on over themselves and what is held; they are kept as far as needed.
 
         q, k_rec, v_rec: (B, heads, T, Dh), after RoPE. Returns (B, heads, T, Dh).
         """
-        if length == 0:
-            y = attention(q, k_rec, v_rec, *self.span)
-        else:
-            p, t = self.positions(length), torch.arange(length, length + q.shape[2], device=q.device)
-            k, v = torch.cat((self.k[:, :, :len(p)], k_rec), dim=2), torch.cat((self.v[:, :, :len(p)], v_rec), dim=2)
-            y = attention_at(q, k, v, t, torch.cat((p, t)), *self.span)
-        self.keep(k_rec, v_rec, length)
-        return y
-
-    def keep(self, k_rec, v_rec, length):
-        """Store those of T tokens, the first at position `length`, that the query after them may attend to."""
-        p = torch.arange(length, length + k_rec.shape[2], device=self.k.device)
-        kept = allowed(length + len(p), p, *self.span)
-        p = p[kept]
-        slot = torch.where(p < self.sinks, p, self.sinks + p % max(self.ring, 1))
-        slot = torch.where(on_grid(p, self.D), self.sinks + self.ring + (p + 1) // self.D - 1, slot)
-        self.k[:, :, slot], self.v[:, :, slot] = k_rec[:, :, kept], v_rec[:, :, kept]
+        (dilation, window, sinks), T, end, device = self.span, q.shape[2], start + q.shape[2], q.device
+        if dilation == 1:
+            self.k[:, :, start:end], self.v[:, :, start:end] = k_rec, v_rec
+            bias = causal_lower_right(T, end)
+            return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end], attn_mask=bias)
+        before = sinks + torch.arange(max(start - window, 0), start, device=device) % max(window, 1)     # the ring in order
+        local = [torch.cat((held[:, :, before], new), dim=2) for held, new in ((self.k, k_rec), (self.v, v_rec)) if start]
+        p = torch.arange(start, end, device=device)
+        p = p[allowed(end, p, *self.span)]                         # those that the next query may use
+        for held, new in ((self.k, k_rec), (self.v, v_rec)):
+            held.index_copy_(2, slot_of(p, *self.span), new.index_select(2, p - start))
+        if start:
+            return attention_chunk(q, self.k, self.v, *local, start, *self.span)
+        return attention(q, k_rec, v_rec, *self.span)
 
 
 class Cache:
     """What decoding keeps: RATPlus.new_cache makes it, prefill and step fill it, up to max_len tokens.
 
-    length: tokens seen so far. groups[layer][group]: a GroupCache. state[layer]: k~ (before RoPE) and v~ of the last
-    token, 2 x (B, C) float32.
+    length: tokens seen so far, as the host counts; seen: the same on the device (1,). groups[layer][group]: a GroupCache.
+    state[layer]: k~ (before RoPE) and v~ of the last token, (2, B, C) float32; (2, B, 0) without recurrence.
     """
 
     def __init__(self, config, batch, max_len, pattern, dtype, device):
         self.pattern, self.batch, self.max_len, self.length = pattern, batch, max_len, 0
-        C, Dh, layers = config.n_embd, config.n_embd // config.n_head, range(config.n_layer)
+        self.seen = torch.zeros(1, dtype=torch.long, device=device)
+        Dh, layers = config.n_embd // config.n_head, range(config.n_layer)
         self.groups = [[GroupCache(rule.span, batch, heads.stop - heads.start, Dh, max_len, dtype, device)
                         for rule, heads in pattern.groups(i, config.n_head)] for i in layers]
-        self.state = [torch.zeros(2, batch, C, device=device).unbind() if config.recurrence else () for _ in layers]
+        self.state = [torch.zeros(2, batch, config.n_embd * config.recurrence, device=device) for _ in layers]
+
+    def check(self, T):
+        """ValueError, before anything is overwritten, if T more tokens would run past max_len."""
+        if self.length + T > self.max_len:
+            raise ValueError(f"the cache is too short: {self.length} tokens seen + {T} new > max_len {self.max_len}")
 
     @property
     def nbytes(self):
-        """Bytes of all tensors, as allocated."""
+        """Bytes of all keys, values and states, as allocated."""
         groups = [group for layer in self.groups for group in layer]
-        states = [z for state in self.state for z in state]
-        return sum(z.nbytes for z in [*(group.k for group in groups), *(group.v for group in groups), *states])
+        return sum(z.nbytes for z in [*self.state, *(group.k for group in groups), *(group.v for group in groups)])
 
     @property
     def slots(self):
         """slots[layer][group]: how many positions are held now."""
         def held(group):
-            return int(allowed(self.length, group.positions(self.length), *group.span).sum())
+            p = positions(self.seen, group.k.shape[2], *group.span)
+            return int(allowed(self.seen, p, *group.span).sum())
         return [[held(group) for group in layer] for layer in self.groups]
 
 
@@ -324,14 +308,13 @@ class RATPlus(nn.Module):
 
     def hidden(self, idx, pattern, cache=None):
         """(B, T) int -> (B, T, C): everything but the output head. With a cache, idx continues what it has seen."""
-        start = cache.length if cache else 0
-        t = torch.arange(start, start + idx.shape[1], device=idx.device)
+        t = torch.arange(idx.shape[1], device=idx.device) + (cache.seen if cache else 0)
         rope = rope_angles(t, self.config.n_embd // self.config.n_head)
         x = self.embed(idx)
         for block in self.blocks:
             x = block(x, rope, pattern, cache)
         if cache:
-            cache.length += idx.shape[1]
+            cache.seen += idx.shape[1]
         return self.norm(x)
 
     def head(self, x):
@@ -358,36 +341,57 @@ class RATPlus(nn.Module):
         return Cache(self.config, batch, max_len, pattern, dtype, device or weight.device)
 
     @torch.no_grad()
-    def prefill(self, idx, cache):
+    def prefill(self, idx, cache, chunk=8192):
         """Append idx (B, T) to the cache; logits (B, V) of the last position. Call again to append more.
 
+        Long prompts go in chunks, so that keys and values of a chunk in one layer are all that exists beside the cache.
         ValueError, with the cache untouched, if idx has another batch size or would run past max_len.
         """
         if idx.dim() != 2 or idx.shape[1] < 1 or len(idx) != cache.batch:
             raise ValueError(f"prefill: tokens of shape {tuple(idx.shape)}, the cache wants ({cache.batch}, T >= 1)")
-        if cache.length + idx.shape[1] > cache.max_len:
-            raise ValueError(f"the cache is too short: {cache.length} tokens seen + {idx.shape[1]} new > "
-                             f"max_len {cache.max_len}")
-        return self.head(self.hidden(idx, cache.pattern, cache)[:, -1])
+        cache.check(idx.shape[1])
+        for piece in idx.split(chunk, dim=1):
+            x = self.hidden(piece, cache.pattern, cache)
+            cache.length += piece.shape[1]
+        return self.head(x[:, -1])
 
     def step(self, token, cache):
         """Append one token (B,) per sequence; logits (B, V) for the next."""
         return self.prefill(token[:, None], cache)
 
     @torch.no_grad()
+    def decode(self, logits, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
+        """Yield tokens (B,) without end, the first drawn from logits (B, V), each next one after appending that before it.
+
+        A sequence that yielded `stop` yields it ever after. ValueError at the token for which the cache has no room.
+        On a GPU the first step compiles the kernels, and the second is captured as a CUDA graph, sampling included, that is
+        replayed for all later ones: a graph is a list of kernels with fixed arguments, and the position is read on the device.
+        """
+        token = choose(logits, temperature, top_k, top_p)
+
+        def step():
+            new = choose(self.head(self.hidden(token[:, None], cache.pattern, cache)[:, -1]), temperature, top_k, top_p)
+            token.copy_(new if stop is None else new.masked_fill(token == stop, stop))
+
+        for i in itertools.count():
+            yield token.clone()
+            cache.check(1)
+            if i == 1 and token.is_cuda and kernels.triton:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                step = graph.replay
+            step()
+            cache.length += 1
+
     def stream(self, idx, n_new, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
-        """Prefill idx, then yield n_new tokens (B,) one by one. A sequence that yielded `stop` yields it ever after;
-        when all have, the stream ends."""
-        logits, done = self.prefill(idx, cache), torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        for i in range(n_new):
-            token = choose(logits, temperature, top_k, top_p)
-            if stop is not None:
-                token = token.masked_fill(done, stop)
-                done |= token == stop
+        """Prefill idx, then yield up to n_new tokens (B,), as `decode` does, fewer if all sequences stop. That is looked up
+        every 16 tokens, as each look makes the host wait for the device."""
+        tokens = self.decode(self.prefill(idx, cache), cache, temperature, top_k, top_p, stop)
+        for i, token in enumerate(itertools.islice(tokens, n_new), 1):
             yield token
-            if i + 1 == n_new or done.all():
+            if stop is not None and i % 16 == 0 and (token == stop).all():
                 return
-            logits = self.step(token, cache)
 
     def generate(self, idx, n_new, pattern="D1", temperature=1.0, top_k=None, top_p=None, stop=None):
         """idx (B, T) and n_new tokens after it: (B, T + n_new). Sequences that reach `stop` are filled up with it."""
@@ -405,13 +409,15 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None):
                          f"got {temperature}, {top_k}, {top_p}")
     if temperature == 0:
         return logits.argmax(-1)
-    probs, tokens = (logits.float() / temperature).softmax(-1).sort(descending=True)
-    if top_k is not None:
-        probs[:, top_k:] = 0
-        probs /= probs.sum(-1, keepdim=True)
+    probs, tokens = (logits.float() / temperature).softmax(-1), None
+    if top_k is not None or top_p is not None:
+        probs, tokens = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]))       # likeliest first
     if top_p is not None:
-        probs[probs.cumsum(-1) - probs >= top_p] = 0
-    return tokens.gather(1, torch.multinomial(probs, 1))[:, 0]
+        likelier = (probs.cumsum(-1) - probs) / probs.sum(-1, keepdim=True)              # the probability of those before
+        probs = probs.masked_fill(likelier >= top_p, 0)
+    race = torch.empty_like(probs).exponential_().clamp_(min=1e-10)    # i wins argmax p_i / Exp(1) with probability p_i;
+    drawn = (probs / race).argmax(-1)                                  # unlike multinomial, this never waits for the host
+    return drawn if tokens is None else tokens.gather(1, drawn[:, None])[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------

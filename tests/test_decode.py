@@ -1,10 +1,11 @@
 """Prefill and step against the parallel pass, what the cache holds, and generation."""
+import itertools
 import random
 
 import pytest
 import torch
 
-from kernels import allowed, relative_error
+from kernels import allowed, positions, relative_error
 from model import Pattern, choose
 from test_model import random_pattern, tiny
 
@@ -57,7 +58,8 @@ def test_slots_are_the_positions_that_the_next_query_may_use():
             for i, (rule, _) in enumerate(pattern.groups(layer, 4)):
                 needed = allowed(torch.tensor(T), torch.arange(T), *rule.span)
                 assert groups[i] == needed.sum(), f"{pattern} layer {layer} group {i}"
-                held = cache.groups[layer][i].positions(T)
+                group = cache.groups[layer][i]
+                held = positions(cache.seen, group.k.shape[2], *group.span)
                 held = held[held < T]
                 assert len(set(held.tolist())) == len(held), "a position is held once"
                 assert set(torch.arange(T)[needed].tolist()) <= set(held.tolist())
@@ -101,6 +103,42 @@ def test_the_cache_takes_autocasts_dtype():
     assert cache.groups[0][0].k.dtype == torch.bfloat16 and cache.state[0][0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_prefill_in_chunks_is_prefill_at_once(seed):
+    """Whatever the chunk, one of a single token at the end included: the same logits, the same cache, as the parallel pass."""
+    rng = random.Random(seed)
+    T, chunk, pattern = rng.randint(2, 120), rng.choice((1, 2, 7, 32, 64)), random_pattern(rng)
+    model, idx = tiny(seed=seed), torch.randint(50, (2, T))
+    whole, pieces = model.new_cache(2, T + 1, pattern), model.new_cache(2, T + 1, pattern)
+    with torch.no_grad():
+        parallel = model(idx, pattern=pattern)[:, -1]
+    assert relative_error(model.prefill(idx, whole), parallel) < 1e-5, f"{pattern}, T {T}"
+    assert relative_error(model.prefill(idx, pieces, chunk), parallel) < 1e-5, f"{pattern}, T {T}, chunk {chunk}"
+    token = torch.randint(50, (2,))
+    assert relative_error(model.step(token, pieces), model.step(token, whole)) < 1e-5
+    assert pieces.slots == whole.slots and pieces.length == whole.length == pieces.seen.item() == T + 1
+
+
+def test_many_steps_leave_the_state_finite_and_the_cache_within_its_size():
+    model, n = tiny(n_layer=1), 500
+    cache = model.new_cache(1, n + 1, "D64W3S2")
+    size = cache.nbytes
+    for token in itertools.islice(model.decode(torch.zeros(1, 50), cache), n):
+        pass
+    assert all(z.isfinite().all() for z in (cache.state[0], cache.groups[0][0].k, cache.groups[0][0].v))
+    assert cache.nbytes == size and cache.slots == [[n // 64 + 3 + 2]]
+
+
+def test_the_position_is_read_on_the_device():
+    """A step looks at cache.seen alone, so that a recorded step may be replayed: the host's count is only for max_len."""
+    model, idx = tiny(), torch.randint(50, (2, 40))
+    for pattern in ("D1", "D4W3S2"):
+        _, cache = decode(model, idx, pattern, (39,), max_len=50)
+        cache.length = 7
+        with torch.no_grad():
+            assert relative_error(model.step(idx[:, 39], cache), model(idx, pattern=pattern)[:, -1]) < 1e-5
+
+
 def test_running_past_max_len_is_refused_and_changes_nothing():
     model, idx = tiny(), torch.randint(50, (1, 30))
     _, cache = decode(model, idx[:, :20], "D4W3S1", (20,), max_len=24)
@@ -112,8 +150,10 @@ def test_running_past_max_len_is_refused_and_changes_nothing():
     for t in range(20, 24):
         logits = model.step(idx[:, t], cache)
     assert relative_error(logits, model(idx[:, :24], pattern="D4W3S1")[:, -1]) < 1e-5
-    with pytest.raises(ValueError, match="max_len"):
-        model.step(idx[:, 24], cache)
+    for step in (lambda: model.step(idx[:, 24], cache), lambda: list(model.decode(logits, cache))):
+        with pytest.raises(ValueError, match="max_len"):
+            step()
+    assert cache.length == cache.seen.item() == 24
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (1, 0), (3,)])
@@ -148,6 +188,21 @@ def test_a_sequence_stops_by_itself():
         assert row[:end].equal(expected[:end]) and (row[end:] == stop).all()
 
 
+def test_a_stream_ends_when_all_sequences_have_stopped():
+    model, idx = tiny(), torch.randint(50, (1, 6))
+    stop = model.generate(idx, 10, temperature=0)[0, 9].item()
+    tokens = list(model.stream(idx, 500, model.new_cache(1, 506), temperature=0, stop=stop))
+    assert 4 <= len(tokens) <= 16 and all(token == stop for token in tokens[3:])
+
+
+def test_a_prompt_that_ends_with_stop_goes_on():
+    model, idx = tiny(), torch.randint(50, (1, 6))
+    free = model.generate(idx, 8, temperature=0)
+    stop = next(token for token in range(50) if token not in free[0, 6:].tolist())
+    idx[0, -1] = stop
+    assert model.generate(idx, 1, temperature=0, stop=stop).equal(model.generate(idx, 1, temperature=0))
+
+
 def test_sampling_draws_the_right_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
 
@@ -161,6 +216,7 @@ def test_sampling_draws_the_right_distribution():
     assert (frequencies(top_p=0.7) - torch.tensor([probs[0], probs[1], 0, 0]) / probs[:2].sum()).abs().max() < 0.02
     top_2_of_3 = torch.tensor([probs[0], probs[1], 0, 0]) / probs[:2].sum()             # 0.8 of what top_k left, not of all
     assert (frequencies(top_k=3, top_p=0.8) - top_2_of_3).abs().max() < 0.02
+    assert (frequencies(top_k=9, top_p=1.0) - probs).abs().max() < 0.02             # top_k beyond the vocabulary
     assert frequencies(top_p=0.01)[0] == 1 and frequencies(top_k=1)[0] == 1 and frequencies(temperature=0)[0] == 1
 
 
@@ -177,3 +233,67 @@ def test_generation_repeats_with_its_seed():
         torch.manual_seed(seed)
         out.append(model.generate(idx, 20, "D4", temperature=1.0, top_k=20, top_p=0.9))
     assert out[0].equal(out[1]) and not out[0].equal(out[2])
+
+
+# ---------------------------------------------------------------------------------------------
+# On a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs want a GPU")
+
+
+def on_gpu(dtype=torch.float32):
+    """A model of head width 32, scaled so that its choices matter."""
+    return tiny(n_layer=3, n_head=4, n_embd=128, vocab_size=300).to("cuda", dtype)
+
+
+@gpu
+@pytest.mark.parametrize("pattern", ["D1", "D16", "D4W10S3", "D1/D8,W20S4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replaying_the_graph_is_stepping(pattern, dtype):
+    model, idx = on_gpu(dtype), torch.randint(300, (3, 37), device="cuda")
+    stepped, replayed = model.new_cache(3, 200, pattern), model.new_cache(3, 200, pattern)
+    logits, tokens = model.prefill(idx, stepped), list(model.stream(idx, 150, replayed, temperature=0))
+    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    for i, token in enumerate(tokens):
+        chosen, best = logits.gather(1, token[:, None])[:, 0], logits.amax(-1)
+        assert (chosen >= best - rounding * best.abs()).all(), f"{pattern} token {i}"
+        logits = model.step(token, stepped)
+    assert replayed.length == replayed.seen.item() == 37 + 149
+    assert relative_error(model.step(tokens[-1], replayed), logits) < rounding
+    assert all(relative_error(*states) < rounding for states in zip(replayed.state, stepped.state))
+
+
+@gpu
+def test_sampling_in_the_graph_draws_anew_and_repeats_with_its_seed():
+    model, idx, out = on_gpu(), torch.randint(300, (64, 5), device="cuda"), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        out.append(model.generate(idx, 60, "D4", top_k=50, top_p=0.9))
+    assert out[0].equal(out[1]) and not out[0].equal(out[2])
+    assert (out[0][:, 10:-1] != out[0][:, 11:]).any(0).all(), "every replay draws its own numbers"
+
+
+@gpu
+@pytest.mark.parametrize("pattern", ["D1", "D16", "D16W32S4"])
+def test_greedy_in_bfloat16_is_the_parallel_choice_beyond_rounding(pattern):
+    """Over 512 tokens, wherever the parallel pass's top two logits differ by more than bfloat16 was measured to move them."""
+    model, idx = on_gpu(torch.bfloat16), torch.randint(300, (4, 40), device="cuda")
+    out = model.generate(idx, 512, pattern, temperature=0)
+    with torch.no_grad():
+        logits, exact = model(out, pattern=pattern).float(), model.float()(out, pattern=pattern)
+    best, second = logits[:, 39:-1].topk(2).values.unbind(-1)
+    sure = best - second > 2 * (logits - exact).abs().max()
+    agree = logits[:, 39:-1].argmax(-1) == out[:, 40:]
+    assert agree[sure].all() and sure.float().mean() > 0.2 and agree.float().mean() > 0.9, (sure, agree)
+
+
+@gpu
+def test_100000_tokens_at_d64():
+    model, n = on_gpu(torch.bfloat16), 100_000
+    cache = model.new_cache(2, n, "D64")
+    size, before = cache.nbytes, torch.cuda.memory_allocated()
+    for i, _ in enumerate(itertools.islice(model.decode(torch.zeros(2, 300, device="cuda"), cache), n)):
+        if i == 10:
+            before = torch.cuda.memory_allocated()
+    assert torch.cuda.memory_allocated() <= before + 4096 and cache.nbytes == size
+    assert all(state.isfinite().all() for state in cache.state) and cache.slots == [[(n - 1) // 64]] * 3

@@ -157,6 +157,14 @@ def test_sample_reads_the_authors_checkpoint_as_ids(capsys):
     assert list(map(int, text.split())) == model.generate(torch.tensor([[1, 2, 3]]), 6, "D4", temperature=0)[0].tolist()
 
 
+def test_bench_measures_every_pattern_against_dense(capsys):
+    call("sample", "--bench", "--contexts", 8, 20, "--pattern", "D4", "D4W3/D1", "--tokens", 2, "--max-batch", 3, "--device", "cpu")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[:3] for row in rows] == [[T, pattern, batch] for T in ("8", "20") for pattern in ("D1", "D4", "D4W3/D1") for batch in "13"]
+    assert all(len(row) == 13 and float(row[5]) > 0 and (row[3] == "random") == (row[2] == "3") for row in rows)
+    assert [row[6] for row in rows if row[1] == "D1"] == ["1.00x"] * 4
+
+
 def test_the_authors_checkpoint_is_adapted_and_evaluated(capsys):
     bins(np.random.default_rng(0).integers(0, 37, 500))
     data = ["--data", "bins", "--context", 16, "--device", "cpu"]
@@ -485,6 +493,9 @@ def test_bad_input_is_one_line(capsys, name, args, why):
     ("sample", ["--prompt", ""], "at least one token is needed"),
     ("sample", ["--temperature", "-1"], "--temperature"),
     ("sample", ["--top-p", "2"], "top_p"),
+    ("sample", ["--pattern", "D4", "D8"], "several patterns are for --bench"),
+    ("sample", ["--bench", "--contexts", "0"], "at least one token is needed"),
+    ("sample", ["--bench", "--pattern", "D1/D2/D3"], "do not divide 4 heads"),
 ])
 def test_bad_input_beside_a_good_checkpoint_is_one_line(capsys, trained, name, args, why):
     bins([3, 400, 1] * 20, folder="wide")
