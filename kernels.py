@@ -42,7 +42,15 @@ except ImportError:                                            # not on this pla
     triton, jit, tl = None, lambda f: f, types.SimpleNamespace(constexpr=lambda value: value)
 
 
-INTERPRETED = False      # True: CPU tensors go to the kernels too, for Triton's interpreter (TRITON_INTERPRET=1), as in tests
+INTERPRETED = False
+
+
+def interpret():
+    """Send CPU tensors to the kernels too, for Triton's interpreter (TRITON_INTERPRET=1), in tiles that suit its slowness."""
+    global INTERPRETED
+    INTERPRETED = True
+    for kernel in RECURRENCE:
+        RECURRENCE[kernel] = (dict(RUN=4, BT=16, BC=16, num_warps=1),) * 2
 
 
 def runs_kernels(x):
@@ -636,7 +644,8 @@ def attention_backward_kv_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h
 
 
 ATTENTION = {                          # tiles by the bytes of a key's row: fastest on an H100, and within 99 KiB of shared memory
-    "forward": {128: dict(BM=64, BN=32, STAGES=3, num_warps=4, maxnreg=96), 256: dict(BM=64, BN=32, STAGES=2, num_warps=4, maxnreg=128)},
+    "forward": {128: dict(BM=64, BN=32, STAGES=3, num_warps=4, maxnreg=96),
+                256: dict(BM=64, BN=32, STAGES=2, num_warps=4, maxnreg=128)},
     "q": {128: dict(BM=64, BN=32, STAGES=2, num_warps=4, maxnreg=128), 256: dict(BM=64, BN=32, STAGES=3, num_warps=4)},
     "kv": {128: dict(BM=32, BN=64, STAGES=3, num_warps=4, maxnreg=168), 256: dict(BM=32, BN=64, STAGES=3, num_warps=4)}}
 WIDE = {512: dict(BM=32, BN=32, STAGES=1, num_warps=4), 1024: dict(BM=16, BN=16, STAGES=1, num_warps=4)}
@@ -663,7 +672,7 @@ def new_heads(x):
 
 
 def launch_attention(q, k, v, span, start=0, k_cache=None, v_cache=None):
-    """The forward kernel on queries from position `start` on; k, v end with them. Lasting keys from the cache, if there is one."""
+    """The forward kernel on queries from position `start` on; k and v end where q does. Lasting keys: from the cache, if any."""
     y, lse = attention_fake(q, k, v, *span)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (B, H, T, _), origin, slots = q.shape, start + q.shape[2] - k.shape[2], 0 if k_cache is None else k_cache.shape[2]
@@ -756,6 +765,8 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     if dilation == 1 or window >= q.shape[2] - 1:
         return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
     if runs_kernels(q):
+        if torch.is_autocast_enabled(q.device.type):               # as PyTorch's own attention does
+            q, k_rec, v_rec = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k_rec, v_rec))
         return attention_forward(q, k_rec, v_rec, dilation, window, sinks)[0]
     return attention_by_blocks(q, k_rec, v_rec, dilation, window, sinks)
 
@@ -1075,39 +1086,192 @@ def decode_errors(op, span, t, max_len, dtype, device, H=4, Dh=16, recurrent=Tru
         yield name, relative_error(z.nan_to_num(), z64.nan_to_num()) if alike else math.inf
 
 
-def check(device):
-    """Yield (operation, dtype, case, tensor, relative error, limit) over dtypes, ragged lengths and patterns."""
+def check(device, quick=False):
+    """Yield (operation, dtype, case, tensor, relative error, limit) over dtypes, ragged lengths and patterns.
+
+    All inputs are views of in_proj's output (B, T, 5, H, Dh), so none is contiguous; its gradient holds all others.
+    """
     B, H, Dh = 2, 3, 16
-    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        for T in (1, 2, 37, 300):
-            x, state = torch.randn(3, B, T, H * Dh, device=device).to(dtype), torch.randn(2, B, H * Dh, device=device)
-            names = ("k_rec", "v_rec", "k_end", "v_end"), ("k", "v", "g", "k0", "v0")
-            for name, error in compare(recurrence_flat, recurrence_ref, names, (*x, *state)):
-                yield "recurrence", dtype, f"T{T}", name, error, limit
-            for span in ((1, 0, 0), (16, 0, 0), (5, 7, 3), (0, 40, 4), (64, 500, 400)):
-                x = torch.randn(3, B, H, T, Dh, device=device).to(dtype)
-                ops = [lambda *qkv, f=f: (f(*qkv, *span),) for f in (attention, attention_ref)]
-                for name, error in compare(*ops, (("y",), ("q", "k_rec", "v_rec")), x):
-                    yield "attention", dtype, f"T{T}, dilation, window, sinks {span}", name, error, limit
-        for t in (0, 1, 37, 299):
-            for span in ((1, 0, 0), (16, 0, 0), (5, 7, 3), (0, 40, 4), (64, 300, 300)):
+    lowest = torch.float16 if INTERPRETED else torch.bfloat16      # the interpreter computes bfloat16 products wrongly
+    for dtype, limit in ((torch.float32, 1e-5), (lowest, 2e-2)):
+        for T in (37, 300) if quick else (1, 2, 37, 300, 1500)[:4 if device == "cpu" else 5]:
+            x, state = torch.randn(B, T, 5, H, Dh, device=device).to(dtype), torch.randn(2, B, H * Dh, device=device)
+
+            def scan(f, x, *state):
+                return f(*x.flatten(3).unbind(2)[2:], *state)
+
+            ops, names = (recurrence_flat, recurrence_ref), (("k_rec", "v_rec", "k_end", "v_end"), ("x", "k0", "v0"))
+            for name, error in compare(*(lambda *xs, f=f: scan(f, *xs) for f in ops), names, (x, *state)):
+                yield "recurrence", dtype, f"T {T}", name, error, limit
+            for span in ((16, 0, 0), (5, 7, 3)) if quick else ((1, 0, 0), (16, 0, 0), (5, 7, 3), (0, 40, 4), (64, 500, 400)):
+                ops = [lambda x, f=f: (f(*x.transpose(1, 3).unbind(2)[1:4], *span),) for f in (attention, attention_ref)]
+                for name, error in compare(*ops, (("y",), ("x",)), (x,)):
+                    yield "attention", dtype, f"T {T}, dilation, window, sinks {span}", name, error, limit
+        for t in (37,) if quick else (0, 1, 37, 299):
+            for span in ((16, 0, 0), (5, 7, 3)) if quick else ((1, 0, 0), (16, 0, 0), (5, 7, 3), (0, 40, 4), (64, 300, 300)):
                 for name, error in decode_errors(decode, span, t, 300, dtype, device):
                     yield "decode", dtype, f"position {t}, dilation, window, sinks {span}", name, error, limit
 
 
-def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"torch {torch.__version__} | {path(device)} | relative errors against float64 loops; nothing is timed yet")
+def print_checks(rows):
+    """A table row per operation and dtype, with its worst tensor. Returns how many tensors failed."""
     print("| operation | dtype | tensors checked | worst error | limit | at |\n|---|---|---|---|---|---|")
     cases, failed = {}, 0
-    for op, dtype, *row in check(device):
+    for op, dtype, *row in rows:
         cases.setdefault((op, dtype), []).append(row)
     for (op, dtype), rows in cases.items():
         case, name, error, limit = max(rows, key=lambda row: (math.isnan(row[2]), row[2]))
         bad = sum(not row[2] <= limit for row in rows)
         failed += bad
         verdict = f"{limit:.0e}, {bad} FAILED" if bad else f"{limit:.0e}"
-        print(f"| {op} | {dtype} | {len(rows)} | {error:.1e} | {verdict} | {name} at {case} |")
+        print(f"| {op} | {dtype} | {len(rows)} | {error:.1e} | {verdict} | {name} at {case} |", flush=True)
+    return failed
+
+
+# ---------------------------------------------------------------------------------------------
+# The timings, on a GPU: `python kernels.py`
+
+def milliseconds(fn, repeats=20):
+    """Median time of fn on the GPU: replays of a CUDA graph, so that launching from Python is left out."""
+    stream, n = torch.cuda.Stream(), 5                             # calls in the graph
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(n):
+            fn()
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) / n for start, end in times)[repeats // 2]
+
+
+def attempt(fn):
+    """milliseconds(fn), or why there are none: a peer may not support this, or run out of memory."""
+    try:
+        return milliseconds(fn)
+    except torch.cuda.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:                                     # peers under torch.compile raise all kinds
+        return f"unsupported ({type(error).__name__})"
+    finally:
+        torch.cuda.empty_cache()
+
+
+def with_gradients(fn, inputs):
+    """fn and its backward pass, for a random gradient of each output."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    grads = [torch.randn_like(y) for y in fn(*inputs)]
+    return lambda: torch.autograd.grad(fn(*inputs), inputs, grads)
+
+
+def scan_torch(k, v, g):
+    """Equation (2) by torch's associative_scan, in float32, as a peer."""
+    from torch._higher_order_ops.associative_scan import associative_scan
+    a = torch.sigmoid(g.float())
+
+    def step(x, y):
+        return x[0] * y[0], y[0] * x[1] + y[1], y[0] * x[2] + y[2]
+
+    _, k_rec, v_rec = associative_scan(step, (a, (1 - a) * k, (1 - a) * v), 1, combine_mode="pointwise")
+    return k_rec.to(k.dtype), v_rec.to(v.dtype)
+
+
+def flex(span, T):
+    """PyTorch's flex_attention under the mask of `allowed`, compiled, as a peer."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    torch._dynamo.reset()
+    mask = create_block_mask(lambda b, h, t, p: allowed(t, p, *span), None, None, T, T, "cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: (compiled(q, k, v, block_mask=mask),)
+
+
+def keys_per_query(T, dilation, window, sinks):
+    p = torch.arange(T)
+    return torch.where(allowed(FUTURE, p, dilation, window, sinks), T - p, (T - p).clamp(max=window + 1)).sum().item() / T
+
+
+def benchmark(quick):
+    """Yield (work, ours in ms, fewest bytes, fewest FLOPs, peer, its ms or why none) in bfloat16."""
+    def randn(*shape):
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    def dense(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True),
+
+    for B, T, C in ((4, 8192, 2048), (1, 65536, 2048), (32, 2048, 512)):
+        kvg = randn(B, T, 5 * C).split(C, dim=-1)[2:]
+        compiled, n, shape = torch.compile(scan_torch), B * T * C, f"B{B} T{T} C{C}"
+        yield (f"recurrence, {shape}", milliseconds(lambda: recurrence(*kvg)), 10 * n, 0,
+               "associative_scan", "skipped" if quick else attempt(lambda: compiled(*kvg)))
+        ours = milliseconds(with_gradients(lambda *x: recurrence(*x)[:2], kvg))
+        yield f"recurrence forward + backward, {shape}", ours, 30 * n, 0, "associative_scan", "no gradient"
+    for B, H, T, Dh in ((4, 16, 8192, 128), (8, 12, 4096, 64)):
+        qkv, n = [randn(B, T, H, Dh).transpose(1, 2) for _ in range(3)], B * H * T * Dh
+        dense_ms = milliseconds(lambda: dense(*qkv)), milliseconds(with_gradients(dense, qkv))
+        for name, span in (("D16", (16, 0, 0)), ("D64", (64, 0, 0)), ("D16W256S4", (16, 256, 4)), ("W1024S4", (0, 1024, 4))):
+            keys, shape = keys_per_query(T, *span), f"B{B} H{H} T{T} Dh{Dh}"
+            peer = None if quick else flex(span, T)
+            for label, wrap, n_bytes, flops, dense_time in (
+                    ("", lambda f: lambda: f(*qkv), 8, 4, dense_ms[0]),
+                    (" forward + backward", lambda f: with_gradients(f, qkv), 24, 14, dense_ms[1])):
+                work, ours = f"attention {name}{label}, {shape}", milliseconds(wrap(lambda *x: (attention(*x, *span),)))
+                yield work, ours, n_bytes * n, flops * n * keys, "dense SDPA", dense_time
+                if peer:
+                    yield work, ours, n_bytes * n, flops * n * keys, "flex_attention", attempt(wrap(peer))
+    H, Dh = 16, 128
+    for B, T, names in ((128, 4096, {"D1": (1, 0, 0), "D16": (16, 0, 0), "D64": (64, 0, 0), "D16W256S4": (16, 256, 4)}),
+                        (64, 16384, {"D1": (1, 0, 0), "D16": (16, 0, 0), "D64": (64, 0, 0)})):
+        for name, (dilation, window, sinks) in names.items():
+            slots = sinks + window + T // dilation
+            y, x, state = randn(B, H, Dh), randn(B, 5, H, Dh), torch.randn(2, B, H, Dh, device="cuda")
+            caches, rope, length = randn(2, B, H, slots, Dh), torch.randn(2, 1, Dh // 2, device="cuda"), torch.tensor([T - 1])
+            arguments = y, x, state, rope, *caches, length.cuda(), dilation, window, sinks
+            ours = milliseconds(lambda: decode(*arguments))
+            query, peer = x[:, 1, :, None], attempt(lambda: F.scaled_dot_product_attention(query, *caches))
+            yield f"decode {name}, B{B} H{H} T{T} Dh{Dh}", ours, 2 * caches[0].nbytes, 0, "SDPA, one query", peer
+            del caches, arguments
+
+
+def print_timings(quick):
+    """Measure what the card can do, then print a row per work and peer: share of that limit, and ratio to the peer."""
+    a = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
+    b = torch.empty_like(a)
+    bandwidth = 2 * a.nbytes / milliseconds(lambda: torch.mul(a, 2, out=b))                        # bytes per ms
+    m, out = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16), b[:8192**2].view(8192, 8192)
+    rate = 2 * 8192**3 / milliseconds(lambda: torch.mm(*m, out=out))                               # FLOP per ms
+    del a, b, m, out
+    print(f"\nmeasured here, bfloat16: {bandwidth / 1e9:.2f} TB/s in an elementwise pass (read + written), {rate / 1e9:.0f} "
+          "TFLOP/s in a matrix product of 8192^3.\nlimit: the fewest bytes or FLOPs of the work at these rates, the slower of "
+          "the two; PyTorch's peers in the same run.\n\n| work | ms | limit ms | of limit | TB/s | TFLOP/s | peer | peer ms | "
+          "peer / ours |\n|---|---|---|---|---|---|---|---|---|")
+    for work, ms, n_bytes, flops, peer, peer_ms in benchmark(quick):
+        limit = max(n_bytes / bandwidth, flops / rate)
+        shown, ratio = (peer_ms, "–") if isinstance(peer_ms, str) else (f"{peer_ms:.3f}", f"{peer_ms / ms:.2f}")
+        print(f"| {work} | {ms:.3f} | {limit:.3f} | {limit / ms:.0%} | {n_bytes / ms / 1e9:.2f} | {flops / ms / 1e9:.0f} "
+              f"| {peer} | {shown} | {ratio} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check the operations against float64, then time them on a GPU.")
+    parser.add_argument("--quick", action="store_true", help="fewer checks, and no peer that must be compiled")
+    parser.add_argument("--no-timing", action="store_true", help="only the checks")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and triton:
+        interpret()
+        print(f"torch {torch.__version__}, Triton {triton.__version__} in its interpreter, no GPU: nothing is timed\n")
+    else:
+        print(f"torch {torch.__version__} | {path(device)}\n")
+    failed = print_checks(check(device, args.quick))
+    if device == "cuda" and triton and not args.no_timing and not failed:
+        print_timings(args.quick)
     sys.exit(failed > 0)
 
 
