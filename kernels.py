@@ -1067,12 +1067,14 @@ def compare(op, ref, names, inputs):
         yield name, relative_error(x, x64)
 
 
-def decode_errors(op, span, t, max_len, dtype, device, H=4, Dh=16, recurrent=True):
+def decode_errors(op, span, t, max_len, dtype, device, H=4, Dh=16, recurrent=True, loud=1):
     """Run `op` in `dtype` on the middle heads of random inputs, `decode_ref` in float64; yield (name, relative error) of all
-    tensors. Empty slots and y start as NaN: infinite where one was read, and where y or a slot was wrongly written or left."""
+    tensors. Empty slots and y start as NaN: infinite where one was read, and where y or a slot was wrongly written or left.
+    loud: factor of the queries, hence of the scores."""
     (dilation, window, sinks), B, heads, length = span, 2, slice(1, H - 1), torch.tensor([t], device=device)
     slots, angle = sinks + window + (max_len // dilation if dilation else 0), torch.rand(1, Dh // 2, device=device)
     y, x = torch.full((B, H, Dh), math.nan, device=device), torch.randn(B, 5 if recurrent else 4, H, Dh, device=device)
+    x[:, 1] *= loud
     state, k_cache, v_cache = torch.randn(2, B, H, Dh, device=device), *torch.randn(2, B, H - 2, slots, Dh, device=device)
     k_cache[:, :, positions(length, slots, *span) == FUTURE] = math.nan
     v_cache[k_cache.isnan()] = math.nan

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-import kernels
-from kernels import FUTURE, allowed, attention, attention_chunk, decode, on_grid, positions, recurrence, rotate, slot_of
+from kernels import (FUTURE, allowed, attention, attention_chunk, decode, on_grid, positions, recurrence, rotate, slot_of,
+                     triton)
 
 # ---------------------------------------------------------------------------------------------
 # Patterns: who may attend to whom
@@ -376,7 +376,7 @@ class RATPlus(nn.Module):
         for i in itertools.count():
             yield token.clone()
             cache.check(1)
-            if i == 1 and token.is_cuda and kernels.triton:
+            if i == 1 and token.is_cuda and triton:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     step()

@@ -130,7 +130,7 @@ def measure(model, context, pattern, batch, random, config):
     """A row of the table, in seconds and bytes: the second of two prefills, or a cache filled at random; then greedy decoding."""
     device, max_len, cuda = config.device, context + config.tokens + 2, config.device.startswith("cuda")
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     cache, warm_up, prefill = model.new_cache(batch, max_len, pattern), 0.0, None
     if random:
         for group in (group for groups in cache.groups for group in groups):
@@ -148,7 +148,7 @@ def measure(model, context, pattern, batch, random, config):
     capture, _ = seconds(lambda: next(tokens), device)             # with the first replay; without a GPU just a step
     first = bytes_read(model, cache)
     step = seconds(lambda: [next(tokens) for _ in range(config.tokens)], device)[0] / config.tokens
-    read, peak = (first + bytes_read(model, cache)) / 2 / step, torch.cuda.max_memory_allocated() if cuda else None
+    read, peak = (first + bytes_read(model, cache)) / 2 / step, torch.cuda.max_memory_allocated(device) if cuda else None
     return SimpleNamespace(batch=batch, prefill=prefill, step=step, cache=cache.nbytes, read=read, peak=peak,
                            warm_up=warm_up, capture=capture)
 

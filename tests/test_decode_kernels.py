@@ -17,8 +17,8 @@ def kernel(splits=None):
     return lambda *args: kernels.decode_triton(*args, splits=splits)
 
 
-def check(op, span, t, dtype=torch.float32, **shape):
-    limit = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+def check(op, span, t, dtype=torch.float32, limit=None, **shape):
+    limit = limit or {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     for name, error in decode_errors(op, span, t, 96, dtype, DEVICE, **shape):
         assert error < limit, f"{span} at {t}, {dtype}, {shape}: {name} has relative error {error:.1e}"
 
@@ -34,6 +34,13 @@ def test_kernels_equal_the_reference(span):
 def test_any_number_of_splits_gives_the_same(splits):
     for span, t in (((1, 0, 0), 95), ((2, 30, 3), 90), ((1, 0, 0), 2)):
         check(kernel(splits), span, t, Dh=64)
+
+
+@pytest.mark.parametrize("span", [(64, 0, 0), (4, 0, 0), (0, 5, 2)])
+def test_scores_far_from_zero_neither_overflow_nor_vanish(span):
+    """Scores of hundreds, of either sign: 2^score is beyond float32, and rounding of the scores shows 1000 times larger."""
+    for t in (0, 3, 20):
+        check(kernel(splits=2), span, t, limit=1e-3, loud=300)
 
 
 @pytest.mark.parametrize("Dh", [2, 16, 24, 96, 128, 256])
