@@ -324,7 +324,7 @@ class Cache:
 # The model
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The output head and its loss, summed over tokens, without ever holding all logits: equation (6).
+    """The output head and its loss, summed over tokens, without ever holding all logits.
 
     With N = B T tokens, z_n = W x_n (V,) the logits of token n and y_n its target (tokens with target -100 are left out):
         loss = sum_n logsumexp(z_n) - z_n[y_n]

@@ -12,7 +12,8 @@ positions that a dilation skips. So every batch is used twice, each time for a f
   no_recurrence   the attention-only baseline (implies --arl none)
   context         sequence length T
 
-`python train.py` trains the laptop preset on the source of Python's own standard library, as bytes, without a network.
+`python train.py` trains the laptop preset on the source of Python's own standard library, as bytes, without a network;
+`torchrun --nproc-per-node=2 train.py` trains on two GPUs, with the same batches and, but for rounding, the same losses.
 A flag that is given wins over the preset's recipe, and that over the default named in --help.
 Data, tokenizers and the command-line helper live here too; adapt.py, eval.py and sample.py import them.
 """
@@ -118,7 +119,7 @@ def fit(model, config, passes, batch, optimizer, first=0, due=lambda step: False
 
     passes: the patterns of (6) in order, each a full update on the same batch. batch(step) -> idx, targets.
     The host runs ahead of the device and waits for it only to make a record. ValueError then if a loss or a norm is not
-    finite: the weights would be lost, but that can't heal unseen, and no checkpoint is written without a record.
+    finite: that can't heal unseen, as the weights are lost by then, and no caller saves them without a record.
     """
     loss_fn, losses, peak = trainable(model, config), {}, peak_flops(config)
     tokens, flops = config.batch_size * config.context, flops_per_token(model.config, passes, config.context)
@@ -420,7 +421,8 @@ class FitFlags(DataFlags):
     def check(self):
         """Self, if these flags go together; ValueError in one line if not."""
         if self.batch_size % (WORLD * self.grad_accum):
-            raise ValueError(f"--batch-size {self.batch_size} does not split into --grad-accum {self.grad_accum} x {WORLD} processes")
+            raise ValueError(f"--batch-size {self.batch_size} does not split into --grad-accum {self.grad_accum} x {WORLD} "
+                             "processes")
         return self
 
 
@@ -536,9 +538,9 @@ def fingerprint(model):
 def log_line(record, config):
     *sparse, dense = record["losses"].values()
     sparse = "".join(f" sparse {loss:.4f}" for loss in sparse)
-    mfu = f" | MFU {record['mfu']:.0%}" * (record["mfu"] > 0)
-    return (f"step {record['step']:04}/{config.steps:04} | loss {dense:.4f}{sparse} | lr {record['lr']:.1e} | norm "
-            f"{record['norm']:.2f} | {record['ms']:.0f} ms | {record['rate'] / 1e3:.1f}k tok/s{mfu} | ETA {record['eta']:.1f} min")
+    speed = f"{record['rate'] / 1e3:.1f}k tok/s" + f" | MFU {record['mfu']:.0%}" * (record["mfu"] > 0)
+    return (f"step {record['step']:04}/{config.steps:04} | loss {dense:.4f}{sparse} | lr {record['lr']:.1e} | "
+            f"norm {record['norm']:.2f} | {record['ms']:.0f} ms | {speed} | ETA {record['eta']:.1f} min")
 
 
 def memory(config):

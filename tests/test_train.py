@@ -127,7 +127,8 @@ def small_fit(due=lambda step: False, recurrence=True, dense=False, **flags):
     """The records of a short run of `fit` in this process, with D4 and D1 or D1 alone."""
     torch.manual_seed(0)
     model, passes = RATPlus(RATConfig(64, 1, 2, 16, recurrence)), [Pattern.parse(pattern) for pattern in ("D4", "D1")[dense:]]
-    config = train.TrainConfig(**{"steps": 3, "batch_size": 4, "context": 12, "device": "cpu", "log_interval": 1, "lr": 0.02, **flags})
+    defaults = dict(steps=3, batch_size=4, context=12, device="cpu", log_interval=1, lr=0.02)
+    config = train.TrainConfig(**{**defaults, **flags})
 
     def batch(step):
         return torch.randint(64, (2, 4, 12), generator=torch.Generator().manual_seed(step)).unbind()
@@ -151,7 +152,7 @@ def test_compile_without_a_compiler_is_one_line(monkeypatch, capsys):
     assert train.TrainConfig(compile=True, device="cpu").compile is False
     out = capsys.readouterr().out
     assert "going on without" in out and out.count("\n") == 1
-    assert train.TrainConfig(device="cpu").compile is False and capsys.readouterr().out == "", "on a CPU it is off unless asked for"
+    assert train.TrainConfig(device="cpu").compile is False and capsys.readouterr().out == "", "off on a CPU unless asked for"
 
 
 def test_what_is_not_finite_is_found_before_the_caller_can_save(monkeypatch):
@@ -184,7 +185,7 @@ def test_mfu_counts_the_matrix_products_and_the_keys():
             model.loss(idx, idx, "D1").backward()
         products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
         keys = [[Pattern.parse(pattern).mask(T, layer).sum().item() / T for layer in (0, 1)] for pattern in ("D8W2,D1", "D1")]
-        attention = 12 * 32 * sum(map(sum, keys))               # 2 products, of 2 C FLOPs a key, thrice: backward is twice forward
+        attention = 12 * 32 * sum(map(sum, keys))               # 2 products of 2 C FLOPs a key; backward is twice forward
         passes = [Pattern.parse("D8W2,D1"), Pattern.parse("D1")]
         assert abs(train.flops_per_token(shape, passes, T) - (2 * products / idx.numel() + attention)) < 1e-3
 
@@ -328,7 +329,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint():
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))      # noqa: E731
     done = subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--steps", "4", "--device", "cpu"],
                           capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "out/dense.pt is not saved, an older one is as it was" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "out/dense.pt is not saved, an older one is as it was" in done.stderr
     assert Path("out/dense.pt").read_bytes() == before and not os.path.exists("out/dense.pt.tmp")
     assert load_checkpoint("out/dense.pt")[1]["step"] == 2
 
