@@ -14,8 +14,8 @@ import os
 from dataclasses import asdict, dataclass
 
 from model import Pattern, load_checkpoint, save_checkpoint
-from train import (FitFlags, at_random, cut, evaluate, file_of, fingerprint, fit, flag, header, load_data, log_line,
-                   new_optimizer, of_run, open_log, parse_flags, report, run)
+from train import (RANK, FitFlags, at_random, cut, evaluate, file_of, fingerprint, fit, flag, header, load_data, log_line,
+                   memory, new_optimizer, of_run, open_log, parse_flags, report, run)
 
 
 @dataclass
@@ -31,7 +31,7 @@ def main():
     dense_model, meta = load_checkpoint(dense, config.device)
     pretraining = {"steps": 0, "lr": 1e-3, **meta.get("train", {})}
     recipe = {"steps": max(40, pretraining["steps"] // 100), "lr": pretraining["lr"] / 10, "warmup": 0.0}
-    config = of_run(AdaptConfig, dense, meta, {**recipe, **given})
+    config = of_run(AdaptConfig, dense, meta, {**recipe, **given, "compile": config.compile}).check()
     patterns = [Pattern.parse(pattern).fit(dense_model.config) for pattern in config.pattern]
     parent, done = fingerprint(dense_model), []
     for path in (file_of(pattern, config.out) for pattern in patterns):
@@ -59,10 +59,11 @@ def main():
                 if record["step"] % config.log_interval == 0 or record["step"] == config.steps:
                     report(log, f"{pattern} | {log_line(record, config)}", **record)
             after = evaluate(model, val, pattern, config)
-            save_checkpoint(path, model, step=config.steps, pattern=str(pattern), parent=parent, val={str(pattern): after},
-                            tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=asdict(config))
+            if RANK == 0:
+                save_checkpoint(path, model, step=config.steps, pattern=str(pattern), parent=parent, val={str(pattern): after},
+                                tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=asdict(config))
             losses = f"dense {dense_loss:.4f}, sparse before {before:.4f}, after {after:.4f}"
-            report(log, f"{pattern} | val {losses} | saved {path}", dense=dense_loss, before=before, after=after)
+            report(log, f"{pattern} | val {losses}{memory(config)} | saved {path}", dense=dense_loss, before=before, after=after)
         rows.append(f"| {pattern} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")
     print("\n| pattern | dense loss | sparse before | sparse after |\n|---|---|---|---|", *rows, sep="\n")
 

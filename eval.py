@@ -13,10 +13,7 @@ import math
 import os
 from dataclasses import dataclass
 
-import torch
-
-from kernels import allowed
-from model import FUTURE, Pattern, load_checkpoint
+from model import Pattern, load_checkpoint
 from train import DataFlags, evaluate, fingerprint, flag, header, load_data, of_run, parse_flags, run
 
 
@@ -25,20 +22,6 @@ class EvalConfig(DataFlags):
     checkpoint: str | None = flag(None, "a checkpoint to evaluate by itself")
     pattern: list = flag((), "the patterns; default: dense and all that were adapted", nargs="+")
     compare: list = flag((), "the --out folders of several runs", nargs="+")
-
-
-def keys_per_token(pattern, config, T):
-    """Mean number of keys per query in a window of T tokens, over positions, layers and heads.
-
-    Counted from the side of the keys: p is seen by all T - p queries from p on, or by its window's W + 1 at most.
-    """
-    p, total = torch.arange(T), 0
-    for i in range(config.n_layer):
-        for rule, heads in pattern.groups(i, config.n_head):
-            lasting = allowed(FUTURE, p, *rule.span)               # on the grid or a sink
-            queries = torch.where(lasting, T - p, (T - p).clamp(max=rule.window + 1))
-            total += queries.sum().item() * (heads.stop - heads.start)
-    return total / (T * config.n_layer * config.n_head)
 
 
 def adapted_checkpoints(dense, parent, device):
@@ -65,7 +48,7 @@ def measure(dense, given):
     dense_cache = model.new_cache(1, T, "D1", device="meta").nbytes
     for parsed in dict.fromkeys(map(Pattern.parse, ["D1", *(config.pattern or adapted)])):
         pattern, cache = str(parsed), model.new_cache(1, T, parsed, device="meta").nbytes
-        costs[pattern] = keys_per_token(parsed, model.config, T), cache / T, cache / dense_cache
+        costs[pattern] = parsed.keys_per_token(model.config, T), cache / T, cache / dense_cache
         own = "dense" if pattern == "D1" else "adapted" if pattern == meta["pattern"] else "switched"
         weights = {own: model, **({"adapted": adapted[pattern]} if pattern in adapted else {})}
         for label, version in weights.items():

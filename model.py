@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from kernels import (FUTURE, allowed, attention, attention_chunk, decode, on_grid, positions, recurrence, rotate, slot_of,
                      triton)
@@ -122,6 +123,19 @@ class Pattern:
         t = torch.arange(T)
         return allowed(t[:, None], t, *self.layers[layer % len(self.layers)][group].span)
 
+    def keys_per_token(self, config, T):
+        """Mean number of keys per query in a window of T tokens, over positions, layers and heads.
+
+        Counted from the side of the keys: p is seen by all T - p queries from p on, or by its window's W + 1 at most.
+        """
+        p, total = torch.arange(T), 0
+        for i in range(config.n_layer):
+            for rule, heads in self.groups(i, config.n_head):
+                lasting = allowed(FUTURE, p, *rule.span)           # on the grid or a sink
+                queries = torch.where(lasting, T - p, (T - p).clamp(max=rule.window + 1))
+                total += queries.sum().item() * (heads.stop - heads.start)
+        return total / (T * config.n_layer * config.n_head)
+
     def draw(self, T):
         """The masks as text: D on the grid, S sink, W in the window (or the query itself), . not attended."""
         lines = []
@@ -202,7 +216,7 @@ class Mixing(nn.Module):
         for j, (rule, heads) in enumerate(groups):                                       # (3), (4)
             qkv = q[:, heads], k_rec[:, heads], v_rec[:, heads]                          # (B, heads, T, Dh)
             y.append(cache.groups[i][j].attend(*qkv, cache.length) if cache else attention(*qkv, *rule.span))
-        y = torch.cat([z.transpose(1, 2) for z in y], dim=2).view(B, T, C)
+        y = torch.cat([z.transpose(1, 2) for z in y], dim=2).reshape(B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                                       # (5)
 
 
@@ -293,12 +307,48 @@ class Cache:
 # ---------------------------------------------------------------------------------------------
 # The model
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """The output head and its loss, summed over tokens, without ever holding all logits.
+
+    With N = B T tokens, z_n = W x_n (V,) the logits of token n and y_n its target (tokens with target -100 are left out):
+        loss = sum_n logsumexp(z_n) - z_n[y_n]
+        dz_n = softmax(z_n) - onehot(y_n)        dx_n = W^T dz_n        dW = sum_n dz_n x_n^T
+
+    x (N, C), weight (V, C), targets (N,) int; returns a scalar, float32 (float64 for float64 inputs). `dtype`, the
+    compute dtype, is that of the matrix products; softmax and the sums are float32. Tokens go by in chunks of `rows`,
+    enough to keep the products busy; with `grad`, a chunk's gradient is taken while its logits are there, so that
+    backward only scales dx and dW. Bytes held in bfloat16: 2 rows V of logits and as many of dz, 2 N C of dx, 4 V C of
+    dW. The logits of all tokens would be 2 N V, and 4 N V in float32.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, grad, rows=4096):
+        acc = torch.promote_types(dtype, torch.float32)
+        w, vocabulary = weight.to(dtype), torch.arange(len(weight), device=x.device)
+        loss, dx, dw = x.new_zeros((), dtype=acc), [], torch.zeros_like(weight, dtype=acc) if grad else None
+        for x_rows, y in zip(x.to(dtype).split(rows), targets[:, None].split(rows)):
+            counted, y = y != -100, y.clamp(min=0)                                       # (rows, 1)
+            logp = (x_rows @ w.T).log_softmax(-1, dtype=acc)                             # (rows, V)
+            loss -= (logp.gather(1, y) * counted).sum()
+            if grad:
+                dz = ((logp.exp() - (vocabulary == y).to(acc)) * counted).to(dtype)
+                dx.append(dz @ w)
+                dw += dz.T @ x_rows
+        if grad:
+            ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dw = ctx.saved_tensors
+        return dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype), None, None, None, None
+
+
 class RATPlus(nn.Module):
     """The language model. Its weights know no pattern: every call names one, as text or Pattern; left out: D1, dense."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False                # checkpointing: blocks run again in backward
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)    # also the output head
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
@@ -312,7 +362,8 @@ class RATPlus(nn.Module):
         rope = rope_angles(t, self.config.n_embd // self.config.n_head)
         x = self.embed(idx)
         for block in self.blocks:
-            x = block(x, rope, pattern, cache)
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, rope, pattern, use_reentrant=False) if again else block(x, rope, pattern, cache)
         if cache:
             cache.seen += idx.shape[1]
         return self.norm(x)
@@ -326,8 +377,10 @@ class RATPlus(nn.Module):
 
     def loss(self, idx, targets, pattern="D1"):
         """Mean cross-entropy in nats over targets (B, T) that are not -100, a float32 scalar; 0 if all are."""
-        logits = self(idx, pattern).float().flatten(0, 1)
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+        x, weight = self.hidden(idx, Pattern.parse(pattern).fit(self.config)).flatten(0, 1), self.embed.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        total = LinearCrossEntropy.apply(x, weight, targets.flatten(), dtype, torch.is_grad_enabled())
         return total / (targets != -100).sum().clamp(min=1)
 
     def new_cache(self, batch, max_len, pattern="D1", device=None):

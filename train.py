@@ -12,19 +12,23 @@ positions that a dilation skips. So every batch is used twice, each time for a f
   no_recurrence   the attention-only baseline (implies --arl none)
   context         sequence length T
 
-`python train.py` trains the laptop preset on the source of Python's own standard library, as bytes, without a network.
+`python train.py` trains the laptop preset on the source of Python's own standard library, as bytes, without a network;
+`torchrun --nproc-per-node=2 train.py` trains on two GPUs, with the same batches and, but for rounding, the same losses.
 A flag that is given wins over the preset's recipe, and that over the default named in --help.
 Data, tokenizers and the command-line helper live here too; adapt.py, eval.py and sample.py import them.
 """
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -35,41 +39,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 from model import PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
 
 # ---------------------------------------------------------------------------------------------
 # Training
-
-
-def loss_of(model, config):
-    """model.loss in the compute dtype of the flags: autocast for bfloat16, the weights stay float32."""
-    def loss(idx, targets, pattern):
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            return model.loss(idx, targets, pattern)
-    return loss
-
-
-def update(model, loss_fn, optimizer, idx, targets, pattern, clip, grad_accum):
-    """One optimizer update on one batch under one pattern; returns its loss (nats per token) and gradient norm, floats.
-
-    The batch is run in grad_accum parts, weighted by their targets, so that the number of parts changes nothing else.
-    ValueError, before the weights are touched, if the loss or the gradient is not finite.
-    """
-    total, count = 0.0, (targets != -100).sum().clamp(min=1)
-    for x, y in zip(idx.chunk(grad_accum), targets.chunk(grad_accum)):
-        loss = loss_fn(x, y, pattern) * ((y != -100).sum() / count)
-        loss.backward()
-        total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        raise ValueError(f"training stopped: loss {total}, gradient norm {norm} with pattern {pattern}; "
-                         "the last checkpoint is untouched")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
-
 
 def schedule(step, config):
     """Learning rate of a step: linear warm-up over the first `warmup` share of the steps, then cosine to min_lr."""
@@ -80,43 +57,142 @@ def schedule(step, config):
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(fall)) / 2
 
 
-def fit(model, config, passes, batch, optimizer, first=0):
-    """Train for steps first..config.steps - 1. After each, yield a record: steps done, loss per pass, lr, norm, ms, ETA.
-
-    passes: the patterns of (6) in order, each a full update on the same batch. batch(step) -> idx, targets.
-    """
-    device, spent = model.embed.weight.device, 0.0
-    loss_fn = torch.compile(loss_of(model, config)) if config.compile else loss_of(model, config)
-    for step in range(first, config.steps):
-        model.train()
-        start, losses, lr = time.perf_counter(), {}, schedule(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        idx, targets = (z.to(device) for z in batch(step))
-        for p in passes:
-            losses[str(p)], norm = update(model, loss_fn, optimizer, idx, targets, p, config.clip, config.grad_accum)
-        ms = 1e3 * (time.perf_counter() - start)
-        spent += ms
-        minutes = spent / (step + 1 - first) * (config.steps - step - 1) / 6e4
-        yield dict(step=step + 1, losses=losses, lr=lr, norm=norm, ms=ms, eta=minutes)
-
-
 def new_optimizer(model, config):
     """AdamW, fused, with decay on all parameters as in the authors' code."""
     decay = config.weight_decay
     return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
 
 
+def move(z, config):
+    """z on the device of the flags; on its way to a GPU in pinned memory, so that the host need not wait for the copy."""
+    return z.contiguous().pin_memory().to(config.device, non_blocking=True) if config.gpu else z.to(config.device)
+
+
+class Loss(torch.nn.Module):
+    """model.loss in the compute dtype of the flags, as a module: what torch.compile and DDP wrap."""
+
+    def __init__(self, model, config):
+        super().__init__()
+        self.model, self.bfloat16 = model, config.dtype == "bfloat16"
+
+    def forward(self, idx, targets, pattern):
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bfloat16):        # the weights stay float32
+            return self.model.loss(idx, targets, pattern)
+
+
+def trainable(model, config):
+    """The Loss to train with, by the flags: compiled, checkpointed, its gradients averaged over the processes."""
+    model.checkpointing, loss_fn = config.checkpointing, Loss(model, config)
+    if config.compile:
+        torch.compiler.reset()                                  # forget an earlier model's graphs: their number is limited
+        torch._dynamo.config.optimize_ddp = False               # DDP's cuts through a graph can't pass our own gradients
+        loss_fn.compile(dynamic=False)                          # one graph a pattern, none for other shapes
+    return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True) if WORLD > 1 else loss_fn
+
+
+def share(idx, targets, config):
+    """This process's parts of a batch, on its device: [(idx, targets, weight)], weight being the part's share of the
+    targets that count. The weighted losses of all parts add up to the batch's, whatever the parts and processes."""
+    n, count = WORLD * config.grad_accum, (targets != -100).sum().clamp(min=1)
+    mine = list(zip(idx.chunk(n), targets.chunk(n)))[RANK::WORLD]
+    return [(move(x, config), move(y, config), ((y != -100).sum() / count).item()) for x, y in mine]
+
+
+def update(loss_fn, optimizer, parts, pattern, clip):
+    """One optimizer update on the `share` of a batch under one pattern. Returns this process's part of the loss (nats
+    per token) and the gradient norm, still on the device."""
+    total = 0.0
+    for i, (idx, targets, weight) in enumerate(parts, 1):
+        with loss_fn.no_sync() if WORLD > 1 and i < len(parts) else contextlib.nullcontext():
+            loss = loss_fn(idx, targets, pattern) * weight
+            (loss * WORLD).backward()                           # DDP takes the mean over processes, the batch wants the sum
+        total = total + loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(loss_fn.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def fit(model, config, passes, batch, optimizer, first=0, due=lambda step: False):
+    """Train for steps first..config.steps - 1. Yield a record after the first step, at log points, the last step, and
+    where due(steps done): steps done, loss per pass, lr, norm, then ms, tokens/s and MFU since the last record, ETA.
+
+    passes: the patterns of (6) in order, each a full update on the same batch. batch(step) -> idx, targets.
+    The host runs ahead of the device and waits for it only to make a record. ValueError then if a loss or a norm is not
+    finite: that can't heal unseen, as the weights are lost by then, and no caller saves them without a record.
+    """
+    loss_fn, losses, peak = trainable(model, config), {}, peak_flops(config)
+    tokens, flops = config.batch_size * config.context, flops_per_token(model.config, passes, config.context)
+    start, steps, parts = time.perf_counter(), 0, share(*batch(first), config)
+    for step in range(first, config.steps):
+        lr, steps = schedule(step, config), steps + 1
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for p in passes:
+            losses[str(p)], norm = update(loss_fn, optimizer, parts, p, config.clip)
+        done = step + 1
+        if done < config.steps:
+            parts = share(*batch(done), config)                 # while the device is at work
+        if not (due(done) or step == first or done % config.log_interval == 0 or done == config.steps):
+            continue
+        *values, norm = summed(torch.stack((*losses.values(), norm / WORLD)).double().cpu()).tolist()
+        seconds = (time.perf_counter() - start) / steps
+        if not all(map(math.isfinite, (*values, norm))):
+            raise ValueError(f"training stopped: loss {values[-1]}, gradient norm {norm} at step {done}; "
+                             "the last checkpoint is untouched")
+        if step == first:
+            print(f"first step in {seconds:.1f} s{', compilation included' * config.compile}", flush=True)
+        yield dict(step=done, losses=dict(zip(losses, values)), lr=lr, norm=norm, ms=1e3 * seconds, rate=tokens / seconds,
+                   mfu=flops * tokens / seconds / peak, eta=seconds * (config.steps - done) / 60)
+        start, steps = time.perf_counter(), 0
+
+
 @torch.no_grad()
 def evaluate(model, tokens, pattern, config):
     """Mean loss over config.eval_windows windows spread evenly over `tokens`, every token counted (nats per token)."""
-    model.eval()
-    T, total, loss_fn = config.context, 0.0, loss_of(model, config)
+    T, loss_fn = config.context, Loss(model, config)            # not compiled: that would take longer than it saves
     starts = np.linspace(0, len(tokens) - T - 1, min(config.eval_windows, (len(tokens) - 1) // T)).astype(int)
-    for i in range(0, len(starts), config.eval_batch):
-        idx, targets = (z.to(model.embed.weight.device) for z in cut(tokens, starts[i:i + config.eval_batch], T))
-        total += loss_fn(idx, targets, pattern).item() * len(idx)
-    return total / len(starts)
+    batches = [starts[i:i + config.eval_batch] for i in range(0, len(starts), config.eval_batch)][RANK::WORLD]
+    cuts = ((move(z, config) for z in cut(tokens, batch, T)) for batch in batches)
+    losses = [loss_fn(*part, pattern) for part in cuts]
+    total = sum(len(batch) * loss.item() for batch, loss in zip(batches, losses))
+    return summed(torch.tensor(total, dtype=torch.float64)).item() / len(starts)
+
+
+PEAKS = {"B200": 2250, "H200": 989, "H100 80GB HBM3": 989, "H100 PCIe": 756, "A100": 312, "L40S": 362, "L4$": 121,
+         "RTX 4090$": 165, "RTX 3090$": 71}                     # name -> dense bfloat16 TFLOP/s, of the vendor's data sheets
+
+
+def peak_flops(config):
+    """FLOP/s that the devices can reach together; infinite, so that no MFU is shown, for cards not in PEAKS."""
+    name = torch.cuda.get_device_name() if config.gpu and config.dtype == "bfloat16" else ""
+    return WORLD * next((1e12 * peak for card, peak in PEAKS.items() if re.search(card, name)), math.inf)
+
+
+def flops_per_token(shape, passes, T):
+    """Floating-point operations that all passes together spend on a token, forward (a third) and backward: 6 for each
+    weight of a matrix product, the head's among them, and 12 C in each layer for each key that the pattern allows.
+    Left out: the recurrence, elementwise work, and what --checkpointing computes again."""
+    C, L = shape.n_embd, shape.n_layer
+    weights = shape.vocab_size * C + L * (14 if shape.recurrence else 13) * C * C
+    return sum(6 * weights + 12 * C * L * pattern.keys_per_token(shape, T) for pattern in passes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes: torchrun starts the script once per GPU and says in the environment which one this is.
+# Gradients meet in DDP, a few numbers on the CPU in `summed`; process 0 alone prints and writes.
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def summed(values):
+    """The sum of a CPU tensor over the processes, which wait for one another here. ConnectionError if one has ended."""
+    try:
+        if WORLD > 1:
+            dist.all_reduce(values)
+    except RuntimeError as error:
+        raise ConnectionError("stopped, as another process has ended") from error
+    return values
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,6 +327,9 @@ def load_data(config, vocab_size=None):
         config.tokenizer = config.tokenizer or "bytes"
         if config.tokenizer == "ids":
             raise ValueError(f"--data {folder}: text needs a tokenizer, bytes or gpt2; ids are read from train.bin and val.bin")
+        if RANK == 0:
+            tokenize(folder, config.tokenizer)
+        summed(torch.zeros(1))                                  # the others find it done
         folder = tokenize(folder, config.tokenizer)
     coder = Tokenizer(config.tokenizer or "ids")
     limit, arrays, largest = vocab_size or coder.size or 65536, [], 0
@@ -286,11 +365,18 @@ class Common:
 
     def __post_init__(self):
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = f"cuda:{LOCAL_RANK}" if self.gpu and WORLD > 1 else self.device
         try:
-            torch.empty(0, device=self.device)
+            found = torch.empty(0, device=self.device).device
+            if self.gpu:
+                torch.cuda.set_device(found)                    # where Triton and NCCL work
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
-        self.dtype = self.dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
+        self.dtype = self.dtype or ("bfloat16" if self.gpu else "float32")
+
+    @property
+    def gpu(self):
+        return self.device.startswith("cuda")
 
 
 @dataclass
@@ -316,15 +402,33 @@ class FitFlags(DataFlags):
     warmup: float = flag(0.05, "share of the steps that warms up")
     weight_decay: float = flag(0.1, "of AdamW, on all parameters")
     clip: float = flag(1.0, "largest gradient norm")
-    compile: bool = flag(False, "torch.compile the loss")
+    compile: bool | None = flag(None, "torch.compile the loss; default: on a GPU, where triton is installed")
+    checkpointing: bool = flag(False, "hold the inputs of blocks only and compute the rest again, for long contexts")
     log_interval: int = flag(10, "steps between log lines")
     resume: bool = flag(False, "go on with what --out holds")
     overwrite: bool = flag(False, "start anew where --out holds it already")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gpu:
+            torch.set_float32_matmul_precision("high")          # TF32, in what --dtype float32 leaves in float32
+        needs = "triton" if self.gpu else os.environ.get("CXX", "g++")
+        able = importlib.util.find_spec(needs) if self.gpu else shutil.which(needs)
+        if self.compile and not able:
+            print(f"--compile: {needs} is not installed here, going on without", flush=True)
+        self.compile = bool(able and (self.gpu if self.compile is None else self.compile))
+
+    def check(self):
+        """Self, if these flags go together; ValueError in one line if not."""
+        if self.batch_size % (WORLD * self.grad_accum):
+            raise ValueError(f"--batch-size {self.batch_size} does not split into --grad-accum {self.grad_accum} x {WORLD} "
+                             "processes")
+        return self
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        raise ValueError(f"{message} (see --help)")
 
 
 def parse_flags(cls, description):
@@ -348,14 +452,33 @@ def parse_flags(cls, description):
 
 
 def run(main):
-    """Call main; bad input, a missing file or Ctrl-C is one line on stderr and a non-zero exit."""
+    """Call main, as one of several processes if torchrun says so. Bad input, a missing file, a lack of memory or Ctrl-C
+    is one line on stderr and a non-zero exit, on which torchrun ends the other processes."""
+    name, leave = os.path.basename(sys.argv[0]), sys.exit
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        leave = os._exit                                        # no waiting for what others won't send, no race in taking down
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        why = f"{name}: {' '.join(str(error).split())}"
+        if WORLD == 1:
+            sys.exit(why)
+        if RANK:                                                # process 0 speaks first; if it has, torchrun ends this one here
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        print(why, file=sys.stderr, flush=True)
+        leave(1)
     except KeyboardInterrupt as error:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted{error}", file=sys.stderr)
-        sys.exit(130)
+        if RANK == 0:
+            print(f"{name}: interrupted{error}", file=sys.stderr, flush=True)
+        leave(130)
+    if WORLD > 1:
+        summed(torch.zeros(1))
+        sys.stdout.flush()
+        leave(0)
 
 
 def header(model, config):
@@ -363,7 +486,8 @@ def header(model, config):
     shape, size = model.config, sum(p.numel() for p in model.parameters())
     print(f"{'RAT+' if shape.recurrence else 'attention-only'} | {size / 1e6:.2f}M parameters | {shape.n_layer} layers x "
           f"{shape.n_embd}, {shape.n_head} heads, vocabulary {shape.vocab_size}\npython {platform.python_version()}, torch "
-          f"{torch.__version__}, {torch.get_num_threads()} CPU threads, {config.dtype} | {kernels.path(config.device)}", flush=True)
+          f"{torch.__version__}, {torch.get_num_threads()} CPU threads, {config.dtype} | {kernels.path(config.device)}"
+          f"{f' | {WORLD} processes' * (WORLD > 1)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -395,7 +519,7 @@ def of_run(cls, path, meta, given):
     """The flags of `cls`: those given, else what the pretraining of the checkpoint at `path` used, else the defaults."""
     if not meta.get("train") and "data" not in given:
         raise ValueError(f"{path} does not say what it was trained on: --data is needed")
-    here = {field.name for field in dataclasses.fields(Common)} | {"resume", "overwrite"}
+    here = {field.name for field in dataclasses.fields(Common)} | {"resume", "overwrite", "compile"}
     names = {field.name for field in dataclasses.fields(cls)} - here
     used = {"tokenizer": meta["tokenizer"], **meta.get("train", {})}
     return cls(**{**{name: value for name, value in used.items() if name in names}, **given})
@@ -414,14 +538,21 @@ def fingerprint(model):
 def log_line(record, config):
     *sparse, dense = record["losses"].values()
     sparse = "".join(f" sparse {loss:.4f}" for loss in sparse)
+    speed = f"{record['rate'] / 1e3:.1f}k tok/s" + f" | MFU {record['mfu']:.0%}" * (record["mfu"] > 0)
     return (f"step {record['step']:04}/{config.steps:04} | loss {dense:.4f}{sparse} | lr {record['lr']:.1e} | "
-            f"norm {record['norm']:.2f} | {record['ms']:.0f} ms | {config.batch_size * config.context / record['ms']:.1f}k tok/s"
-            f" | ETA {record['eta']:.1f} min")
+            f"norm {record['norm']:.2f} | {record['ms']:.0f} ms | {speed} | ETA {record['eta']:.1f} min")
+
+
+def memory(config):
+    """What a validation line says of the GPU's memory."""
+    return f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if config.gpu else ""
 
 
 def open_log(path, step=0):
     """A JSONL log, cut back to whole records up to `step`, so that a resumed run has every step once."""
     kept = []
+    if RANK:
+        return open(os.devnull, "w")
     if step and os.path.exists(path):
         with open(path) as f:
             kept = [record for record in f if record.endswith("\n") and json.loads(record).get("step", 0) <= step]
@@ -448,9 +579,9 @@ def main():
     elif os.path.exists(path) and not config.overwrite:
         raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out names another folder")
     saved = meta.get("train", {})
-    preset = config.preset or saved.get("preset") or ("small" if config.device.startswith("cuda") else "laptop")
-    here = {"preset": preset, "out": config.out, "device": config.device}       # a run may have moved
-    config = TrainConfig(**{**PRESETS[preset], **RECIPES[preset], **saved, **given, **here})
+    preset = config.preset or saved.get("preset") or ("small" if config.gpu else "laptop")
+    here = {"preset": preset, "out": config.out, "device": config.device, "compile": config.compile}    # a run may have moved
+    config = TrainConfig(**{**PRESETS[preset], **RECIPES[preset], **saved, **given, **here}).check()
     config.arl = config.arl or ("D64" if config.recurrence else "none")
 
     train, val, config.vocab_size = load_data(config, config.vocab_size)
@@ -469,14 +600,20 @@ def main():
     first = meta.get("step", 0)
 
     header(model, config)
-    stopped = []
+    stopped, leaving = [], False
 
     def stop(number, frame):                                    # after this step; a second Ctrl-C leaves at once
         stopped.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if WORLD == 1:                                          # torchrun passes on what the terminal sent already
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+
+    def due(step):
+        nonlocal leaving
+        leaving = summed(torch.tensor(len(stopped))).item() > 0            # all processes leave after the same step
+        return leaving or step % config.eval_interval == 0
 
     def batch(step):
         return cut(train, in_order(step, config, len(train)), config.context, config.eot)
@@ -485,18 +622,18 @@ def main():
         tokens, updates = config.steps * config.batch_size * config.context, " then ".join(map(str, passes))
         report(log, f"{config}\n{tokens / 1e6:.2f}M of {len(train) / 1e6:.2f}M tokens, each batch updates with {updates}; "
                f"{len(val) / 1e6:.2f}M for validation", step=first, config=asdict(config), torch=torch.__version__)
-        for record in fit(model, config, passes, batch, optimizer, first):
-            step, leave = record["step"], bool(stopped)
-            last = leave or step == config.steps
+        for record in fit(model, config, passes, batch, optimizer, first, due):
+            step, last = record["step"], leaving or record["step"] == config.steps
             if last or step % config.log_interval == 0:
                 report(log, log_line(record, config), **record)
             if last or step % config.eval_interval == 0:
-                losses = {} if leave else {str(p): evaluate(model, val, p, config) for p in passes[::-1]}
-                save_checkpoint(path, model, step=step, pattern="D1", tokenizer=config.tokenizer, val=losses,
-                                train=asdict(config), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+                losses = {} if leaving else {str(p): evaluate(model, val, p, config) for p in passes[::-1]}
+                if RANK == 0:
+                    save_checkpoint(path, model, step=step, pattern="D1", tokenizer=config.tokenizer, val=losses,
+                                    train=asdict(config), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
                 values = " ".join(f"{p} {loss:.4f}" for p, loss in losses.items()) or "not measured"
-                report(log, f"step {step:04} | val {values} | saved {path}", step=step, val=losses)
-            if leave:
+                report(log, f"step {step:04} | val {values}{memory(config)} | saved {path}", step=step, val=losses)
+            if leaving:
                 raise KeyboardInterrupt(f"; step {step} is saved in {path}, --resume goes on")
     if first >= config.steps:
         print(f"{path} is complete: {first} steps")

@@ -124,7 +124,7 @@ def test_keys_per_token_counts_the_mask():
         T, pattern = rng.randint(1, 60), Pattern.parse(random_pattern(rng))
         masks = [pattern.mask(T, i, j).sum() * (heads.stop - heads.start)
                  for i in range(2) for j, (_, heads) in enumerate(pattern.groups(i, 4))]
-        assert abs(evaluation.keys_per_token(pattern, config, T) - sum(masks) / (T * 8)) < 1e-6, (str(pattern), T)
+        assert abs(pattern.keys_per_token(config, T) - sum(masks) / (T * 8)) < 1e-6, (str(pattern), T)
 
 
 def test_eval_leaves_out_checkpoints_of_another_parent(trained, capsys):
@@ -274,7 +274,8 @@ def test_gradient_accumulation_changes_nothing():
         optimizer.zero_grad = lambda set_to_none: None          # keep the gradients to look at
         for p in model.parameters():
             p.grad = None
-        results.append(train.update(model, model.loss, optimizer, idx, targets, "D4", 1e9, parts))
+        config = train.TrainConfig(batch_size=4, grad_accum=parts, device="cpu")
+        results.append(train.update(train.Loss(model, config), optimizer, train.share(idx, targets, config), "D4", 1e9))
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert all(relative_error(g, grads[0]) < 1e-5 for g in grads) and all(abs(loss - results[0][0]) < 1e-5 for loss, _ in results)
 
