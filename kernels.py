@@ -365,6 +365,9 @@ def recurrence(k, v, g, state=None):
 # ---------------------------------------------------------------------------------------------
 # Attention (3) over a sparse set of keys (4)
 
+FUTURE = 2**62        # a position behind all others: that of an empty slot of a cache, for one
+
+
 def on_grid(p, dilation):
     """Is p the last position of a block of `dilation`? Bool, the shape of p. Dilation 0: never."""
     return (p + 1) % dilation == 0 if dilation else p != p
@@ -377,6 +380,17 @@ def allowed(t, p, dilation, window, sinks):
     off the grid is never needed again once it leaves the window, which is why the cache shrinks.
     """
     return (p <= t) & (on_grid(p, dilation) | (t - p <= window) | (p < sinks))
+
+
+def keys_per_query(T, dilation, window, sinks):
+    """Mean number of keys that `allowed` grants the queries of T positions.
+
+    Counted from the side of the keys: one on the grid or a sink is seen by all queries from its own on, others by the
+    window + 1 nearest.
+    """
+    p = torch.arange(T)
+    lasting = allowed(FUTURE, p, dilation, window, sinks)
+    return torch.where(lasting, T - p, (T - p).clamp(max=window + 1)).sum().item() / T
 
 
 def attention_at(q, k_rec, v_rec, t, p, dilation, window, sinks):
@@ -417,7 +431,7 @@ def attention_by_blocks(q, k_rec, v_rec, dilation, window, sinks, block=128):
 # Scores are in units of log2: scale = log2(e) / sqrt(Dh), so that exp2, which the hardware has, replaces exp. lse = m + log2(l)
 # is kept for the backward pass. Grid: query blocks x B x H, the blocks of a head together (they share its keys in the L2
 # cache), those with most keys first. Bytes: q, y, and the own k and v, 4 x Dh per query and head, 8 Dh in bf16; the other
-# keys come from the cache, which holds them. FLOPs: 4 Dh x (t / D + S + W) per query. One softmax, where flex_attention
+# keys are found in the L2 cache. FLOPs: 4 Dh x (t / D + S + W) per query. One softmax, where flex_attention
 # needs either all T keys under a mask or two calls, merged through memory by their lse.
 #
 # 64-bit offsets are taken by row and head, so that any T works.
@@ -426,13 +440,12 @@ FAR = tl.constexpr(2**30)      # a position that no query reaches
 
 
 @jit
-def lasting(j, DILATION: tl.constexpr, SINKS: tl.constexpr):
-    """The position of the j-th lasting key; where there is none, one that no query reaches."""
+def lasting(j, n, DILATION: tl.constexpr, SINKS: tl.constexpr):
+    """The position of the j-th of n lasting keys; from the n-th on, one that no query reaches."""
+    p = j
     if DILATION > 0:
         p = tl.where(j < SINKS, j, (j - SINKS + SINKS // DILATION + 1) * DILATION - 1)
-    else:
-        p = tl.where(j < SINKS, j, FAR)
-    return p
+    return tl.where(j < n, p, FAR)
 
 
 @jit
@@ -510,7 +523,7 @@ def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_
     n = count_lasting(end, DILATION, SINKS)
     for j0 in tl.range(0, n, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
-        p = lasting(j, DILATION, SINKS)                                                             # (BN,)
+        p = lasting(j, n, DILATION, SINKS)                                                             # (BN,)
         if CACHED:
             row = p
             if DILATION > 0:
@@ -586,7 +599,7 @@ def attention_backward_q_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h,
     n = count_lasting(tl.minimum(first + BM, T), DILATION, SINKS)
     for j0 in tl.range(0, n, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
-        p = lasting(j, DILATION, SINKS)
+        p = lasting(j, n, DILATION, SINKS)
         k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
         acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, p[None, :] < t[:, None], lse_t, delta_t, scale, acc)
     if WINDOW > 0:
@@ -611,7 +624,7 @@ def attention_backward_kv_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h
     b, h = head // H, head % H
     j = tile * BN + tl.arange(0, BN)
     if LASTING:
-        p, live, end = lasting(j, DILATION, SINKS), j < n, T
+        p, live, end = lasting(j, n, DILATION, SINKS), j < n, T
     else:
         p, live, end = j, (j < n) & (passing(j, DILATION, SINKS) == j), tl.minimum(tile * BN + BN + WINDOW, T)
     first = tl.min(p)
@@ -648,6 +661,7 @@ ATTENTION = {                          # tiles by the bytes of a key's row: fast
                 256: dict(BM=64, BN=32, STAGES=2, num_warps=4, maxnreg=128)},
     "q": {128: dict(BM=64, BN=32, STAGES=2, num_warps=4, maxnreg=128), 256: dict(BM=64, BN=32, STAGES=3, num_warps=4)},
     "kv": {128: dict(BM=32, BN=64, STAGES=3, num_warps=4, maxnreg=168), 256: dict(BM=32, BN=64, STAGES=3, num_warps=4)}}
+PROCESSORS = 132        # of an H100; another number only changes how finely the queries of lasting keys are split
 WIDE = {512: dict(BM=32, BN=32, STAGES=1, num_warps=4), 1024: dict(BM=16, BN=16, STAGES=1, num_warps=4)}
 
 
@@ -734,9 +748,6 @@ def attention_backward(dy: torch.Tensor, q: torch.Tensor, k_rec: torch.Tensor, v
     return [dq, dk, dv]
 
 
-PROCESSORS = 132        # of an H100; more or fewer only changes how finely the lasting keys' queries are split
-
-
 @attention_backward.register_fake
 def attention_backward_fake(dy, q, k_rec, v_rec, y, lse, dilation, window, sinks):
     return [new_heads(q) for _ in range(3)]
@@ -778,9 +789,6 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
 # one slot: on the grid, that of its block; else, if it is a sink, its own; else ring slot p mod W, until position p + W
 # takes that over. Which position a slot holds follows from how many tokens were seen, so only keys and values are stored.
 # That number, `length`, is a tensor on the device and is read there: a CUDA graph recorded once then serves every position.
-
-FUTURE = 2**62        # the position of an empty slot: no query reaches it
-
 
 def slot_of(p, dilation, window, sinks):
     """The slot of each position p of an int64 tensor, if it is kept."""
@@ -869,7 +877,7 @@ def recur(x, g, state, d, Dh: tl.constexpr):
 @jit
 def attend_kernel(x, cos, sin, k_cache, v_cache, length, partial, x_row, x_part, h, slots, scale,
                   D: tl.constexpr, W: tl.constexpr, S: tl.constexpr, Dh: tl.constexpr, BD: tl.constexpr,
-                  BN: tl.constexpr):
+                  BN: tl.constexpr, STAGES: tl.constexpr):
     """Program (head of a sequence, split): attention of the token over its share of the slots in use.
 
     partial (B * h, splits, Dh + 2) float32: acc, m, l. The shares follow from `length`, equal at any length to one tile.
@@ -887,7 +895,7 @@ def attend_kernel(x, cos, sin, k_cache, v_cache, length, partial, x_row, x_part,
     k_cache += head * slots * Dh
     v_cache += head * slots * Dh
     m, l, acc = tl.full((BN,), EMPTY, tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN, BD), tl.float32)
-    for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
+    for tile in tl.range(tiles * split // splits, tiles * (split + 1) // splits, num_stages=STAGES):
         n = tile * BN + tl.arange(0, BN)
         in_use, slot = n < held, tl.where(n < S + ring, n, n + W - ring)
         if S + W:                                                               # as in `positions`
@@ -957,18 +965,21 @@ def combine_kernel(y, x, state, cos, sin, k_cache, v_cache, length, partial, y_r
         tl.store(v_cache + at, v_rec.to(v_cache.dtype.element_ty), mask=mine)
 
 
+DECODE = dict(elements=4096, STAGES=3, num_warps=4)            # of a tile: 32 keys of 128 channels; two more tiles under way
+
+
 def decode_triton(y, x, state, rope, k_cache, v_cache, length, dilation, window, sinks, splits=None):
     """`decode` by the kernels above. splits: how many programs share a head's slots; None: enough to fill the GPU."""
     (B, h, slots, Dh), parts = k_cache.shape, x.shape[1]
     BD = triton.next_power_of_2(Dh)
-    BN = max(4096 // BD, 16)                                       # 32 keys of 128 channels: 64 bytes a thread in flight, twice
+    BN = max(DECODE["elements"] // BD, 16)
     if splits is None:
         units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-        splits = max(1, min(64, slots // (2 * BN), 32 * units // (B * h)))
+        splits = max(1, min(64, slots // (2 * BN), 16 * units // (B * h)))
     partial = torch.empty(B * h, splits, Dh + 2, dtype=torch.float32, device=x.device)
     span, sizes, scale = dict(D=dilation, W=window, S=sinks), dict(Dh=Dh, BD=BD), math.log2(math.e) / math.sqrt(Dh)
     attend_kernel[B * h, splits](x, *rope, k_cache, v_cache, length, partial, x.stride(0), x.stride(1), h, slots, scale,
-                                 **span, **sizes, BN=BN, num_warps=4)
+                                 **span, **sizes, BN=BN, STAGES=DECODE["STAGES"], num_warps=DECODE["num_warps"])
     combine_kernel[B * h,](y, x, state, *rope, k_cache, v_cache, length, partial, y.stride(0), x.stride(0), x.stride(1),
                            state.stride(1), state.stride(0), h, slots, scale, splits, **span, **sizes,
                            BS=triton.next_power_of_2(splits), RECURRENCE=parts == 5, num_warps=4)
@@ -1154,10 +1165,10 @@ def milliseconds(fn, repeats=20):
     return sorted(start.elapsed_time(end) / n for start, end in times)[repeats // 2]
 
 
-def attempt(fn):
-    """milliseconds(fn), or why there are none: a peer may not support this, or run out of memory."""
+def attempt(make):
+    """milliseconds of what make() returns, or why there are none: a peer may not support this, or run out of memory."""
     try:
-        return milliseconds(fn)
+        return milliseconds(make())
     except torch.cuda.OutOfMemoryError:
         return "out of memory"
     except Exception as error:                                     # peers under torch.compile raise all kinds
@@ -1194,13 +1205,8 @@ def flex(span, T):
     return lambda q, k, v: (compiled(q, k, v, block_mask=mask),)
 
 
-def keys_per_query(T, dilation, window, sinks):
-    p = torch.arange(T)
-    return torch.where(allowed(FUTURE, p, dilation, window, sinks), T - p, (T - p).clamp(max=window + 1)).sum().item() / T
-
-
 def benchmark(quick):
-    """Yield (work, ours in ms, fewest bytes, fewest FLOPs, peer, its ms or why none) in bfloat16."""
+    """Yield (work, ours in ms, fewest bytes, fewest FLOPs, {peer: its ms, or why there are none}) in bfloat16."""
     def randn(*shape):
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
@@ -1210,39 +1216,35 @@ def benchmark(quick):
     for B, T, C in ((4, 8192, 2048), (1, 65536, 2048), (32, 2048, 512)):
         kvg = randn(B, T, 5 * C).split(C, dim=-1)[2:]
         compiled, n, shape = torch.compile(scan_torch), B * T * C, f"B{B} T{T} C{C}"
-        yield (f"recurrence, {shape}", milliseconds(lambda: recurrence(*kvg)), 10 * n, 0,
-               "associative_scan", "skipped" if quick else attempt(lambda: compiled(*kvg)))
-        ours = milliseconds(with_gradients(lambda *x: recurrence(*x)[:2], kvg))
-        yield f"recurrence forward + backward, {shape}", ours, 30 * n, 0, "associative_scan", "no gradient"
+        peers = {} if quick else {"associative_scan": attempt(lambda: lambda: compiled(*kvg))}
+        yield f"recurrence, {shape}", milliseconds(lambda: recurrence(*kvg)), 10 * n, 0, peers
+        yield (f"recurrence forward + backward, {shape}", milliseconds(with_gradients(lambda *x: recurrence(*x)[:2], kvg)),
+               30 * n, 0, {"associative_scan": "has no gradient"})
     for B, H, T, Dh in ((4, 16, 8192, 128), (8, 12, 4096, 64)):
         qkv, n = [randn(B, T, H, Dh).transpose(1, 2) for _ in range(3)], B * H * T * Dh
-        dense_ms = milliseconds(lambda: dense(*qkv)), milliseconds(with_gradients(dense, qkv))
+        ways = ("", lambda f: lambda: f(*qkv), 8, 4), (" forward + backward", lambda f: with_gradients(f, qkv), 24, 14)
+        dense_ms = [milliseconds(wrap(dense)) for _, wrap, _, _ in ways]
         for name, span in (("D16", (16, 0, 0)), ("D64", (64, 0, 0)), ("D16W256S4", (16, 256, 4)), ("W1024S4", (0, 1024, 4))):
-            keys, shape = keys_per_query(T, *span), f"B{B} H{H} T{T} Dh{Dh}"
-            peer = None if quick else flex(span, T)
-            for label, wrap, n_bytes, flops, dense_time in (
-                    ("", lambda f: lambda: f(*qkv), 8, 4, dense_ms[0]),
-                    (" forward + backward", lambda f: with_gradients(f, qkv), 24, 14, dense_ms[1])):
-                work, ours = f"attention {name}{label}, {shape}", milliseconds(wrap(lambda *x: (attention(*x, *span),)))
-                yield work, ours, n_bytes * n, flops * n * keys, "dense SDPA", dense_time
-                if peer:
-                    yield work, ours, n_bytes * n, flops * n * keys, "flex_attention", attempt(wrap(peer))
+            flops, peer = n * keys_per_query(T, *span), None if quick else flex(span, T)
+            for (way, wrap, n_bytes, n_flops), sdpa_ms in zip(ways, dense_ms):
+                ours = milliseconds(wrap(lambda *x: (attention(*x, *span),)))
+                peers = {"dense SDPA": sdpa_ms, **({} if quick else {"flex_attention": attempt(lambda: wrap(peer))})}
+                yield f"attention {name}{way}, B{B} H{H} T{T} Dh{Dh}", ours, n_bytes * n, n_flops * flops, peers
     H, Dh = 16, 128
     for B, T, names in ((128, 4096, {"D1": (1, 0, 0), "D16": (16, 0, 0), "D64": (64, 0, 0), "D16W256S4": (16, 256, 4)}),
                         (64, 16384, {"D1": (1, 0, 0), "D16": (16, 0, 0), "D64": (64, 0, 0)})):
         for name, (dilation, window, sinks) in names.items():
-            slots = sinks + window + T // dilation
             y, x, state = randn(B, H, Dh), randn(B, 5, H, Dh), torch.randn(2, B, H, Dh, device="cuda")
-            caches, rope, length = randn(2, B, H, slots, Dh), torch.randn(2, 1, Dh // 2, device="cuda"), torch.tensor([T - 1])
-            arguments = y, x, state, rope, *caches, length.cuda(), dilation, window, sinks
+            caches, rope = randn(2, B, H, sinks + window + T // dilation, Dh), torch.randn(2, 1, Dh // 2, device="cuda")
+            arguments = y, x, state, rope, *caches, torch.tensor([T - 1]).cuda(), dilation, window, sinks
             ours = milliseconds(lambda: decode(*arguments))
-            query, peer = x[:, 1, :, None], attempt(lambda: F.scaled_dot_product_attention(query, *caches))
-            yield f"decode {name}, B{B} H{H} T{T} Dh{Dh}", ours, 2 * caches[0].nbytes, 0, "SDPA, one query", peer
-            del caches, arguments
+            peers = {"SDPA of one query": attempt(lambda: lambda: F.scaled_dot_product_attention(x[:, 1, :, None], *caches))}
+            yield f"decode {name}, B{B} H{H} T{T} Dh{Dh}", ours, 2 * caches[0].nbytes, 0, peers
+            del caches, arguments                                  # before the next are made
 
 
 def print_timings(quick):
-    """Measure what the card can do, then print a row per work and peer: share of that limit, and ratio to the peer."""
+    """Measure what the card can do, then print a row per work: share of that limit, and the peers with their ratio."""
     a = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
     b = torch.empty_like(a)
     bandwidth = 2 * a.nbytes / milliseconds(lambda: torch.mul(a, 2, out=b))                        # bytes per ms
@@ -1251,13 +1253,13 @@ def print_timings(quick):
     del a, b, m, out
     print(f"\nmeasured here, bfloat16: {bandwidth / 1e9:.2f} TB/s in an elementwise pass (read + written), {rate / 1e9:.0f} "
           "TFLOP/s in a matrix product of 8192^3.\nlimit: the fewest bytes or FLOPs of the work at these rates, the slower of "
-          "the two; PyTorch's peers in the same run.\n\n| work | ms | limit ms | of limit | TB/s | TFLOP/s | peer | peer ms | "
-          "peer / ours |\n|---|---|---|---|---|---|---|---|---|")
-    for work, ms, n_bytes, flops, peer, peer_ms in benchmark(quick):
+          "the two. Peers: PyTorch's, in the same run.\n\n| work | ms | limit ms | of limit | TB/s | TFLOP/s | peers, ms "
+          "(times ours) |\n|---|---|---|---|---|---|---|")
+    for work, ms, n_bytes, flops, peers in benchmark(quick):
         limit = max(n_bytes / bandwidth, flops / rate)
-        shown, ratio = (peer_ms, "–") if isinstance(peer_ms, str) else (f"{peer_ms:.3f}", f"{peer_ms / ms:.2f}")
-        print(f"| {work} | {ms:.3f} | {limit:.3f} | {limit / ms:.0%} | {n_bytes / ms / 1e9:.2f} | {flops / ms / 1e9:.0f} "
-              f"| {peer} | {shown} | {ratio} |", flush=True)
+        told = ", ".join(f"{peer} {t}" if isinstance(t, str) else f"{peer} {t:.3f} ({t / ms:.2f})" for peer, t in peers.items())
+        print(f"| {work} | {ms:.3f} | {limit:.3f} | {limit / ms:.0%} | {n_bytes / ms / 1e9:.2f} | {flops / ms / 1e9:.0f} | {told} |",
+              flush=True)
 
 
 def main():

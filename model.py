@@ -33,11 +33,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (FUTURE, allowed, attention, attention_chunk, decode, on_grid, positions, recurrence, rotate, slot_of,
-                     triton)
+from kernels import (allowed, attention, attention_chunk, decode, keys_per_query, on_grid, positions, recurrence, rotate,
+                     slot_of, triton)
 
 # ---------------------------------------------------------------------------------------------
 # Patterns: who may attend to whom
@@ -124,17 +123,10 @@ class Pattern:
         return allowed(t[:, None], t, *self.layers[layer % len(self.layers)][group].span)
 
     def keys_per_token(self, config, T):
-        """Mean number of keys per query in a window of T tokens, over positions, layers and heads.
-
-        Counted from the side of the keys: p is seen by all T - p queries from p on, or by its window's W + 1 at most.
-        """
-        p, total = torch.arange(T), 0
-        for i in range(config.n_layer):
-            for rule, heads in self.groups(i, config.n_head):
-                lasting = allowed(FUTURE, p, *rule.span)           # on the grid or a sink
-                queries = torch.where(lasting, T - p, (T - p).clamp(max=rule.window + 1))
-                total += queries.sum().item() * (heads.stop - heads.start)
-        return total / (T * config.n_layer * config.n_head)
+        """Mean number of keys per query in a window of T tokens, over positions, layers and heads."""
+        total = sum(keys_per_query(T, *rule.span) * (heads.stop - heads.start)
+                    for i in range(config.n_layer) for rule, heads in self.groups(i, config.n_head))
+        return total / (config.n_layer * config.n_head)
 
     def draw(self, T):
         """The masks as text: D on the grid, S sink, W in the window (or the query itself), . not attended."""
@@ -256,6 +248,9 @@ class GroupCache:
         (dilation, window, sinks), T, end, device = self.span, q.shape[2], start + q.shape[2], q.device
         if dilation == 1:
             self.k[:, :, start:end], self.v[:, :, start:end] = k_rec, v_rec
+            if start == 0:
+                return attention(q, k_rec, v_rec, *self.span)
+            from torch.nn.attention.bias import causal_lower_right           # takes as long to import as all else here
             bias = causal_lower_right(T, end)
             return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end], attn_mask=bias)
         before = sinks + torch.arange(max(start - window, 0), start, device=device) % max(window, 1)     # the ring in order

@@ -607,9 +607,6 @@ def main():
         if WORLD == 1:                                          # torchrun passes on what the terminal sent already
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
     def due(step):
         nonlocal leaving
         leaving = summed(torch.tensor(len(stopped))).item() > 0            # all processes leave after the same step
@@ -623,6 +620,9 @@ def main():
         report(log, f"{config}\n{tokens / 1e6:.2f}M of {len(train) / 1e6:.2f}M tokens, each batch updates with {updates}; "
                f"{len(val) / 1e6:.2f}M for validation", step=first, config=asdict(config), torch=torch.__version__)
         for record in fit(model, config, passes, batch, optimizer, first, due):
+            if record["step"] == first + 1:                     # before, a signal just ends the process: it may be compiling
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, stop)
             step, last = record["step"], leaving or record["step"] == config.steps
             if last or step % config.log_interval == 0:
                 report(log, log_line(record, config), **record)
