@@ -4,17 +4,23 @@ What sparsity costs and saves, a row a pattern, as a Markdown table and a Mermai
   loss(P)  = mean cross-entropy over validation windows under P, of the dense weights ("switched") or those adapted to P
   keys(P)  = mean over positions, layers and heads of the number of keys that equation (4) allows
   cache(P) = bytes of the decoding cache after one window, counted on its tensors, per token of the window
+  reach    = half-life of the recurrence in tokens, ln 2 / -ln a = ln 2 / softplus(-g), on validation text
 
 `python eval.py` reads out/dense.pt and the adapted checkpoints beside it; `python eval.py --compare out out/attention`
-puts several runs side by side. Flags that are not given take what each run's pretraining used.
+puts several runs side by side. `--reach` asks what the recurrence of the dense weights is doing, by layer and head: at a
+constant decay a, half of what k~ and v~ hold has been replaced after that many tokens (the paper wants about 64). Flags that are
+not given take what each run's pretraining used.
 """
 import glob
 import math
 import os
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+
 from model import Pattern, load_checkpoint
-from train import DataFlags, evaluate, fingerprint, flag, header, load_data, of_run, parse_flags, run
+from train import DataFlags, evaluate, fingerprint, flag, header, load_data, of_run, parse_flags, run, summed
 
 
 @dataclass
@@ -22,6 +28,7 @@ class EvalConfig(DataFlags):
     checkpoint: str | None = flag(None, "a checkpoint to evaluate by itself")
     pattern: list = flag((), "the patterns; default: dense and all that were adapted", nargs="+")
     compare: list = flag((), "the --out folders of several runs", nargs="+")
+    reach: bool = flag(False, "also the half-life of the decays, by layer and head")
 
 
 def adapted_checkpoints(dense, parent, device):
@@ -36,8 +43,40 @@ def adapted_checkpoints(dense, parent, device):
     return found
 
 
+def reach(model, tokens, config):
+    """A Markdown table of half-lives on validation windows: median (10th to 90th percentile) over channels and positions.
+
+    Each head's are counted in a histogram of log2, fine to 3 %, so that any number of windows fits.
+    """
+    H, low, high, bins = model.config.n_head, -16, 32, 1024
+    counts = torch.zeros(model.config.n_layer, H, bins)
+
+    def count(layer, in_proj_output):
+        g = in_proj_output[..., -model.config.n_embd:].float().unflatten(-1, (H, -1))           # (B, T, H, Dh)
+        octaves = (math.log(2) / F.softplus(-g)).log2().clamp(low, high)
+        counts[layer] += torch.stack([torch.histc(head, bins, low, high) for head in octaves.unbind(2)]).cpu()
+
+    hooks = [block.mix.in_proj.register_forward_hook(lambda module, inputs, output, i=i: count(i, output))
+             for i, block in enumerate(model.blocks)]
+    evaluate(model, tokens, "D1", config)
+    for hook in hooks:
+        hook.remove()
+    counts = summed(counts)
+
+    def cell(histogram):
+        share, edges = histogram.cumsum(0) / histogram.sum(), torch.tensor([0.1, 0.5, 0.9])
+        tenth, median, ninetieth = (2 ** (low + (high - low) * (torch.searchsorted(share, edges) + 0.5) / bins)).tolist()
+        return f"{median:.1f} ({tenth:.1f} to {ninetieth:.1f})"
+
+    lines = [["layer", *(f"head {i}" for i in range(H)), "all"], ["---"] * (H + 2)]
+    for i, layer in enumerate(counts):
+        lines.append([str(i), *map(cell, layer), cell(layer.sum(0))])
+    lines.append(["all", *map(cell, counts.sum(0)), cell(counts.sum((0, 1)))])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def measure(dense, given):
-    """One run: (its name, {(pattern, weights): loss}, {pattern: (keys, cache bytes, share of the dense cache's)})."""
+    """One run: (its name, {(pattern, weights): loss}, {pattern: (keys, cache bytes, share of the dense cache's)}, reach)."""
     config = EvalConfig(**given)
     model, meta = load_checkpoint(dense, config.device)
     config = of_run(EvalConfig, dense, meta, given)
@@ -56,7 +95,8 @@ def measure(dense, given):
             print(f"{pattern} {label}: loss {losses[pattern, label]:.4f}", flush=True)
     arl = meta.get("train", {}).get("arl") not in ("none", "D1")   # two dense updates are no ARL
     kind = "attention-only" if not model.config.recurrence else "RAT+" if arl else "RAT+ without ARL"
-    return f"{kind} ({dense if config.checkpoint else os.path.dirname(dense)})", losses, costs
+    name, wanted = f"{kind} ({dense if config.checkpoint else os.path.dirname(dense)})", config.reach and model.config.recurrence
+    return name, losses, costs, reach(model, val, config) if wanted else ""
 
 
 def table(runs):
@@ -66,14 +106,14 @@ def table(runs):
     recurrence are smaller by the recurrent state.
     """
     lines = [["pattern", "weights", "keys per token", "cache bytes per token"]]
-    for name, _, _ in runs:
+    for name, *_ in runs:
         lines[0] += [f"{name}: loss", "gap", "perplexity"]
     lines.append(["---"] * len(lines[0]))
-    costs = {pattern: cost for _, _, costs in runs[::-1] for pattern, cost in costs.items()}
-    for pattern, label in dict.fromkeys(key for _, losses, _ in runs for key in losses):
+    costs = {pattern: cost for _, _, costs, _ in runs[::-1] for pattern, cost in costs.items()}
+    for pattern, label in dict.fromkeys(key for _, losses, *_ in runs for key in losses):
         keys, cache, share = costs[pattern]
         lines.append([pattern, label, f"{keys:.1f}", f"{cache:.0f} ({share:.1%})"])
-        for _, losses, _ in runs:
+        for _, losses, *_ in runs:
             if loss := losses.get((pattern, label)):
                 lines[-1] += [f"{loss:.3f}", f"{loss - losses['D1', 'dense']:+.3f}", f"{math.exp(loss):.2f}"]
             else:
@@ -86,10 +126,10 @@ def chart(runs):
     def best(losses, pattern):
         return next(losses[pattern, label] for label in ("adapted", "dense", "switched") if (pattern, label) in losses)
 
-    patterns = [pattern for pattern in runs[0][2] if all(pattern in costs for _, _, costs in runs)]
-    lines = [[best(losses, pattern) for pattern in patterns] for _, losses, _ in runs]
+    patterns = [pattern for pattern in runs[0][2] if all(pattern in costs for _, _, costs, _ in runs)]
+    lines = [[best(losses, pattern) for pattern in patterns] for _, losses, *_ in runs]
     low, high = min(map(min, lines)) - 0.1, max(map(max, lines)) + 0.1
-    return "\n".join(["```mermaid", "xychart-beta", f'    title "validation loss: {", ".join(name for name, _, _ in runs)}"',
+    return "\n".join(["```mermaid", "xychart-beta", f'    title "validation loss: {", ".join(name for name, *_ in runs)}"',
                       "    x-axis [" + ", ".join(f'"{pattern}"' for pattern in patterns) + "]",
                       f'    y-axis "nats per token" {low:.1f} --> {high:.1f}',
                       *("    line [" + ", ".join(f"{loss:.3f}" for loss in line) + "]" for line in lines), "```"])
@@ -102,6 +142,9 @@ def main():
     checkpoints = [config.checkpoint] if config.checkpoint else [os.path.join(folder, "dense.pt") for folder in folders]
     runs = [measure(dense, given) for dense in checkpoints]
     print("", table(runs), "", chart(runs), sep="\n")
+    for name, _, _, half_lives in runs:
+        if half_lives:
+            print(f"\n{name}: half-life of the decay in tokens, median (10th to 90th percentile)\n", half_lives, sep="\n")
 
 
 if __name__ == "__main__":

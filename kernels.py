@@ -1258,8 +1258,8 @@ def print_timings(quick):
     for work, ms, n_bytes, flops, peers in benchmark(quick):
         limit = max(n_bytes / bandwidth, flops / rate)
         told = ", ".join(f"{peer} {t}" if isinstance(t, str) else f"{peer} {t:.3f} ({t / ms:.2f})" for peer, t in peers.items())
-        print(f"| {work} | {ms:.3f} | {limit:.3f} | {limit / ms:.0%} | {n_bytes / ms / 1e9:.2f} | {flops / ms / 1e9:.0f} | {told} |",
-              flush=True)
+        rates = f"{n_bytes / ms / 1e9:.2f} | {flops / ms / 1e9:.0f}"
+        print(f"| {work} | {ms:.3f} | {limit:.3f} | {limit / ms:.0%} | {rates} | {told} |", flush=True)
 
 
 def main():

@@ -1,8 +1,10 @@
 """The four scripts through their command lines, and their bad inputs: one line on stderr, a non-zero exit, nothing lost."""
 import json
+import math
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +127,32 @@ def test_keys_per_token_counts_the_mask():
         masks = [pattern.mask(T, i, j).sum() * (heads.stop - heads.start)
                  for i in range(2) for j, (_, heads) in enumerate(pattern.groups(i, 4))]
         assert abs(pattern.keys_per_token(config, T) - sum(masks) / (T * 8)) < 1e-6, (str(pattern), T)
+
+
+def test_reach_is_the_half_life_of_the_decays(trained, capsys):
+    """That of the quantiles of the decays of a window; a decay of a half has a half-life of one token."""
+    model, meta = load_checkpoint(trained)
+    in_proj, C, seen = model.blocks[0].mix.in_proj, model.config.n_embd, []
+
+    def found():
+        save_checkpoint(trained, model, **meta)
+        call("eval", "--device", "cpu", "--reach", "--eval-windows", 1)
+        table = capsys.readouterr().out.split("half-life of the decay in tokens")[1]
+        return next(line for line in table.splitlines() if line.startswith("| 0 |"))
+
+    with torch.no_grad():
+        in_proj.weight[-C:] *= 20
+    hook = in_proj.register_forward_hook(lambda module, inputs, output: seen.append(torch.sigmoid(output[..., -C:].double())))
+    val = np.fromfile(Path(train.tokenize(meta["train"]["data"], "bytes")) / "val.bin", "<u2")[:16]
+    model(torch.from_numpy(val.astype(np.int64))[None])
+    hook.remove()
+    tenth, median, ninetieth = (math.log(2) / -seen[0].quantile(torch.tensor([0.1, 0.5, 0.9]).double()).log()).tolist()
+    values = map(float, re.findall(r"[0-9.]+", found().split(" | ")[-1]))
+    for x, y in zip(values, (median, tenth, ninetieth)):
+        assert abs(x - y) < 0.05 + 0.05 * y, (x, y)
+    with torch.no_grad():
+        in_proj.weight[-C:] = 0
+    assert found().count("1.0 (1.0 to 1.0)") == model.config.n_head + 1
 
 
 def test_eval_leaves_out_checkpoints_of_another_parent(trained, capsys):
