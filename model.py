@@ -255,8 +255,8 @@ class GroupCache:
             return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end], attn_mask=bias)
         before = sinks + torch.arange(max(start - window, 0), start, device=device) % max(window, 1)     # the ring in order
         local = [torch.cat((held[:, :, before], new), dim=2) for held, new in ((self.k, k_rec), (self.v, v_rec)) if start]
-        p = torch.arange(start, end, device=device)
-        p = p[allowed(end, p, *self.span)]                         # those that the next query may use
+        p = torch.arange(start, end)
+        p = p[allowed(end, p, *self.span)].to(device)              # those that the next query may use; no wait for the GPU
         for held, new in ((self.k, k_rec), (self.v, v_rec)):
             held.index_copy_(2, slot_of(p, *self.span), new.index_select(2, p - start))
         if start:
