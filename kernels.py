@@ -363,6 +363,59 @@ def recurrence(k, v, g, state=None):
 
 
 # ---------------------------------------------------------------------------------------------
+# RoPE, on queries and on recurrent keys
+
+def rotate_ref(x, cos, sin):
+    """`rotate` in plain PyTorch."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+# Kernel: RoPE, y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin. A program takes BT positions of one head, both halves at once.
+# Grid: B x H x T / BT, heads fastest: they are neighbours in memory. Bytes per element in bf16: reads 2, writes 2, where plain
+# PyTorch moves about 30 through float32 intermediates. The backward pass turns the other way, by -sin.
+
+@jit
+def rotate_kernel(x, x_b, x_h, x_t, y, cos, sin, H, T, HALF: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
+    """x (B, H, T, Dh) with its strides -> y (B, T, H, Dh) contiguous; cos, sin (T, HALF) float32."""
+    head, t = tl.program_id(0).to(tl.int64), tl.program_id(1) * BT + tl.arange(0, BT)[:, None]
+    d, b, h = tl.arange(0, BD)[None, :], head // H, head % H
+    live = (t < T) & (d < HALF)                                                                     # (BT, BD)
+    c, s = tl.load(cos + t * HALF + d, mask=live, other=0), tl.load(sin + t * HALF + d, mask=live, other=0)
+    x += b * x_b + h * x_h + t.to(tl.int64) * x_t + d
+    x1, x2 = tl.load(x, mask=live, other=0).to(tl.float32), tl.load(x + HALF, mask=live, other=0).to(tl.float32)
+    y += ((b * T + t) * H + h) * 2 * HALF + d
+    tl.store(y, (x1 * c - x2 * s).to(y.dtype.element_ty), mask=live)
+    tl.store(y + HALF, (x2 * c + x1 * s).to(y.dtype.element_ty), mask=live)
+
+
+def new_heads(x):
+    """An empty tensor of x's shape (B, H, T, Dh), laid out so that .transpose(1, 2) is contiguous."""
+    B, H, T, Dh = x.shape
+    return x.new_empty(B, T, H, Dh).transpose(1, 2)
+
+
+@torch.library.custom_op("rat::rotate", mutates_args=())
+def rotate_triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate` by the kernel."""
+    x, y, (B, H, T, Dh) = x if x.stride(-1) == 1 else x.contiguous(), new_heads(x), x.shape
+    BD = triton.next_power_of_2(Dh // 2)
+    BT = max(1, 4096 // BD)
+    rotate_kernel[B * H, triton.cdiv(T, BT)](x, *x.stride()[:3], y, cos, sin, H, T, Dh // 2, BD, BT)
+    return y
+
+
+rotate_triton.register_fake(lambda x, cos, sin: new_heads(x))
+rotate_triton.register_autograd(lambda ctx, dy: (rotate_triton(dy, ctx.saved_tensors[0], -ctx.saved_tensors[1]), None, None),
+                                setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]))
+
+
+def rotate(x, cos, sin):
+    """RoPE on x (B, H, T, Dh): channel i of the first half turns with channel i of the second. cos, sin (T, Dh/2) float32."""
+    return (rotate_triton if runs_kernels(x) else rotate_ref)(x, cos, sin)
+
+
+# ---------------------------------------------------------------------------------------------
 # Attention (3) over a sparse set of keys (4)
 
 FUTURE = 2**62        # a position behind all others: that of an empty slot of a cache, for one
@@ -417,22 +470,23 @@ def attention_by_blocks(q, k_rec, v_rec, dilation, window, sinks, block=128):
     return torch.cat(y, dim=2)
 
 
-# Kernel: sparse attention. The keys that a query at t may attend to are of three kinds, and every key is of one kind only:
+# Kernel: sparse attention. A program takes BM queries of one head. The keys that a query at t may attend to are
 #
-#   itself     p = t
-#   lasting    p < t, a sink or on the grid: once in reach, in reach of every later query
-#   passing    0 < t - p <= window, neither sink nor on the grid
+#   itself     p = t: it starts the online softmax, so that no query is ever without a key
+#   near       in the window of one of the program's queries: a stretch of memory, read as it lies
+#   far        before that, and lasting, which is to say a sink or on the grid: each is in reach of all of the queries
 #
-# The lasting positions form a list, j -> p: first the sinks p = j, then the grid from the first position behind them. A
-# program takes BM queries of one head; itself starts the online softmax (m: largest score, l: sum, acc: weighted values),
-# so that no query is ever without a key; then tiles of BN lasting keys are gathered from the list, row by row, and
-# tiles of BN passing keys from the window. Keys of no kind are never loaded: cost grows with T / D + S + W.
+# Lasting positions form a list, j -> p: first the sinks p = j, then the grid from the first position behind them; tiles of BN
+# of them are gathered row by row. Keys that no query may use are never loaded, but for those in a window's ragged edges:
+# cost grows with T / D + S + W. Without a window, far goes on to the program's last query, and its last tile needs a mask; with
+# one, near needs it at its two edges. All other tiles are taken whole: comparing positions costs as much as exp2.
 #
-# Scores are in units of log2: scale = log2(e) / sqrt(Dh), so that exp2, which the hardware has, replaces exp. lse = m + log2(l)
-# is kept for the backward pass. Grid: query blocks x B x H, the blocks of a head together (they share its keys in the L2
-# cache), those with most keys first. Bytes: q, y, and the own k and v, 4 x Dh per query and head, 8 Dh in bf16; the other
-# keys are found in the L2 cache. FLOPs: 4 Dh x (t / D + S + W) per query. One softmax, where flex_attention
-# needs either all T keys under a mask or two calls, merged through memory by their lse.
+# Online softmax: m: largest score, l: sum, acc: weighted values. Scores are in units of log2: scale = log2(e) / sqrt(Dh),
+# so that exp2, which the hardware has, replaces exp. lse = m + log2(l) is kept for the backward pass. Grid: query blocks x B x H,
+# the blocks of a head together (they share its keys in the L2 cache), those with most keys first. Bytes: q, y, and the own
+# k and v, 4 x Dh per query and head, 8 Dh in bf16; the other keys are found in the L2 cache. FLOPs: 4 Dh x (t / D + S + W)
+# per query. One softmax, where flex_attention needs either all T keys under a mask or two calls, merged through memory by
+# their lse.
 #
 # 64-bit offsets are taken by row and head, so that any T works.
 
@@ -458,18 +512,12 @@ def count_lasting(t, DILATION: tl.constexpr, SINKS: tl.constexpr):
 
 
 @jit
-def passing(p, DILATION: tl.constexpr, SINKS: tl.constexpr):
-    """p, if it is neither a sink nor on the grid; else a position that no query reaches."""
-    yes = p >= SINKS
+def is_lasting(p, DILATION: tl.constexpr, SINKS: tl.constexpr):
+    """Is p a sink or on the grid?"""
+    yes = p < SINKS
     if DILATION > 0:
-        yes = yes & ((p + 1) % DILATION != 0)
-    return tl.where(yes, p, FAR)
-
-
-@jit
-def within(x, n: tl.constexpr):
-    """0 <= x < n, in one comparison."""
-    return x.to(tl.uint32, bitcast=True) < n
+        yes = yes | ((p + 1) % DILATION == 0)
+    return yes
 
 
 @jit
@@ -488,9 +536,43 @@ def store_rows(x, row, stride, values, live, DH: tl.constexpr, BD: tl.constexpr)
 
 
 @jit
+def bounds(first, end, BN: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+    """Where the tiles of queries first .. end - 1 lie: (n, whole, start, left, right).
+
+    Far keys are the lasting ones j < n; tiles below `whole` need no mask. Near tiles start at position `start`; those from
+    left up to right need no mask.
+    """
+    start = tl.maximum(first - WINDOW, 0) if WINDOW > 0 else end
+    n = count_lasting(start, DILATION, SINKS)
+    whole = (n if WINDOW > 0 else count_lasting(first, DILATION, SINKS)) // BN * BN
+    left = start + tl.cdiv(tl.maximum(end - 1 - WINDOW - start, 0), BN) * BN
+    right = tl.maximum(left, start + (first - start) // BN * BN)
+    return n, whole, start, left, right
+
+
+@jit
+def near(i, start, left, right, BN: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, t):
+    """The i-th near tile that needs a mask: its positions (BN,), and which of them each query sees (BM, BN)."""
+    edge = start + i * BN
+    p = tl.where(edge < left, edge, edge - left + right) + tl.arange(0, BN)
+    ago = t[:, None] - p[None, :]
+    return p, (ago > 0) & ((ago <= WINDOW) | is_lasting(p, DILATION, SINKS)[None, :])
+
+
+@jit
+def far_row(p, CACHED: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+    """The row of the lasting key at p: p itself, or in a cache, as in `slot_of`."""
+    if CACHED and DILATION > 0:
+        p = tl.where((p + 1) % DILATION == 0, SINKS + WINDOW + p // DILATION, p)
+    return p
+
+
+@jit
 def attend(q, k, v, sees, scale, acc, l, m):
-    """One step of the online softmax: BN keys more. q (BM, BD); k, v (BN, BD); sees (BM, BN); acc (BM, BD); l, m (BM,)."""
-    s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
+    """One step of the online softmax: BN keys more. q (BM, BD); k, v (BN, BD); sees (BM, BN) or None; acc (BM, BD); l, m (BM,)."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if sees is not None:
+        s = tl.where(sees, s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     shrink = tl.exp2(m - m_new)
@@ -500,12 +582,12 @@ def attend(q, k, v, sees, scale, acc, l, m):
 
 @jit
 def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, y, y_b, y_h, y_t, lse, k_cache, v_cache,
-                             H, T, start, origin, slots, scale, CACHED: tl.constexpr,
+                             H, T, origin_t, origin, slots, scale, CACHED: tl.constexpr,
                              DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, DH: tl.constexpr,
                              BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """q, y (B, H, T, Dh), each with its strides; the first query is at position `start`; lse (B, H, T) float32.
+    """q, y (B, H, T, Dh), each with its strides; the first query is at position origin_t; lse (B, H, T) float32.
 
-    Row i of k and v is the key at position origin + i. CACHED: lasting keys are read from k_cache, v_cache (B, H, slots, Dh)
+    Row i of k and v is the key at position origin + i. CACHED: far keys are read from k_cache, v_cache (B, H, slots, Dh)
     instead, contiguous, at the slots that `slot_of` gives them.
     """
     blocks = tl.cdiv(T, BM)
@@ -514,31 +596,35 @@ def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
     i = block * BM + tl.arange(0, BM)
-    live, t, first, end = i < T, start + i, start + block * BM, start + tl.minimum(block * BM + BM, T)
+    live, t, first, end = i < T, origin_t + i, origin_t + block * BM, origin_t + tl.minimum(block * BM + BM, T)
     q_tile = load_rows(q + b * q_b + h * q_h, i, q_t, live, DH, BD)                                 # (BM, BD)
     own_k = load_rows(k, t - origin, k_t, live, DH, BD)
     m = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
     l = tl.full((BM,), 1, tl.float32)
     acc = load_rows(v, t - origin, v_t, live, DH, BD).to(tl.float32)
-    n = count_lasting(end, DILATION, SINKS)
-    for j0 in tl.range(0, n, BN, num_stages=STAGES):
+    n, whole, start, left, right = bounds(first, end, BN, DILATION, WINDOW, SINKS)
+    k_far, v_far, k_far_t, v_far_t = k, v, k_t, v_t
+    if CACHED:
+        k_far, v_far, k_far_t, v_far_t = k_cache + head * slots * DH, v_cache + head * slots * DH, DH, DH
+    for j0 in tl.range(0, whole, BN, num_stages=STAGES):
+        row = far_row(lasting(j0 + tl.arange(0, BN), n, DILATION, SINKS), CACHED, DILATION, WINDOW, SINKS)
+        k_tile, v_tile = load_rows(k_far, row, k_far_t, row >= 0, DH, BD), load_rows(v_far, row, v_far_t, row >= 0, DH, BD)
+        acc, l, m = attend(q_tile, k_tile, v_tile, None, scale, acc, l, m)
+    for j0 in tl.range(whole, n, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
-        p = lasting(j, n, DILATION, SINKS)                                                             # (BN,)
-        if CACHED:
-            row = p
-            if DILATION > 0:
-                row = tl.where((p + 1) % DILATION == 0, SINKS + WINDOW + p // DILATION, p)
-            cache = head * slots * DH
-            k_tile = load_rows(k_cache + cache, row, DH, j < n, DH, BD)
-            v_tile = load_rows(v_cache + cache, row, DH, j < n, DH, BD)
-        else:
-            k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
+        p = lasting(j, n, DILATION, SINKS)                                                          # (BN,)
+        row = far_row(p, CACHED, DILATION, WINDOW, SINKS)
+        k_tile, v_tile = load_rows(k_far, row, k_far_t, j < n, DH, BD), load_rows(v_far, row, v_far_t, j < n, DH, BD)
         acc, l, m = attend(q_tile, k_tile, v_tile, p[None, :] < t[:, None], scale, acc, l, m)
     if WINDOW > 0:
-        for p0 in tl.range(tl.maximum(first - WINDOW, 0), end, BN, num_stages=STAGES):
-            p = p0 + tl.arange(0, BN)
-            k_tile, v_tile = load_rows(k, p - origin, k_t, p < end, DH, BD), load_rows(v, p - origin, v_t, p < end, DH, BD)
-            sees = within(t[:, None] - 1 - passing(p, DILATION, SINKS)[None, :], WINDOW)
+        for p0 in tl.range(left, right, BN, num_stages=STAGES):
+            row = p0 - origin + tl.arange(0, BN)
+            k_tile, v_tile = load_rows(k, row, k_t, row >= 0, DH, BD), load_rows(v, row, v_t, row >= 0, DH, BD)
+            acc, l, m = attend(q_tile, k_tile, v_tile, None, scale, acc, l, m)
+        for e in tl.range(0, tl.cdiv(end - start - (right - left), BN), num_stages=STAGES):
+            p, sees = near(e, start, left, right, BN, DILATION, WINDOW, SINKS, t)
+            k_tile = load_rows(k, p - origin, k_t, p < end, DH, BD)
+            v_tile = load_rows(v, p - origin, v_t, p < end, DH, BD)
             acc, l, m = attend(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
     store_rows(y + b * y_b + h * y_h, i, y_t, acc / l[:, None], live, DH, BD)
     tl.store(lse + head * T + i, m + tl.log2(l), mask=live)
@@ -548,9 +634,9 @@ def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_
 #
 #   dS = P * (dO V^T - delta)        dQ = dS K / sqrt(Dh)        dK = dS^T Q / sqrt(Dh)        dV = P^T dO
 #
-# dQ goes by queries, like the forward pass, and computes delta on the way. With no window, nobody but its own query sees a
-# passing key: its dK and dV are written there too. The rest of dK and dV goes by keys, in a kernel that runs once over the
-# lasting keys and once, if there is a window, over the passing ones; each row of dK and dV is written by exactly one.
+# dQ goes by queries, like the forward pass, and computes delta on the way. With no window, nobody but its own query sees a key
+# that does not last: its dK and dV are written there too. The rest of dK and dV goes by keys, in a kernel that runs once over
+# the lasting keys and once, if there is a window, over the others; each row of dK and dV is written by exactly one.
 #
 # Lasting keys are few, and each is seen by all later queries: with D 64 and T 4096 one tile of keys a head, far too few
 # programs. So the queries of a tile are split over several programs; their float32 sums go through memory, and are added
@@ -562,7 +648,9 @@ def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_
 @jit
 def attend_backward(q, k, v, dy, sees, lse, delta, scale, dq):
     """dq (BM, BD) of BN keys more, without the factor 1 / sqrt(Dh)."""
-    s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if sees is not None:
+        s = tl.where(sees, s, -float("inf"))
     p = tl.exp2(s * scale - lse[:, None])                                                           # (BM, BN)
     ds = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -576,7 +664,7 @@ def attention_backward_q_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h,
     """As the forward kernel; dq, dk, dv share strides; delta (B, H, T) float32; factor 1 / sqrt(Dh)."""
     blocks = tl.cdiv(T, BM)
     head, block = tl.program_id(0).to(tl.int64) // blocks, blocks - 1 - tl.program_id(0) % blocks
-    b, h, first = head // H, head % H, block * BM
+    b, h, first, end = head // H, head % H, block * BM, tl.minimum(block * BM + BM, T)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
     at = b * d_b + h * d_h
@@ -592,23 +680,45 @@ def attention_backward_q_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h,
     own_p = tl.exp2(tl.sum(q_tile.to(tl.float32) * own_k, 1) * scale - lse_t)
     own_ds = own_p * (tl.sum(dy_tile.to(tl.float32) * own_v, 1) - delta_t)
     if WINDOW == 0:
-        alone = live & (passing(t, DILATION, SINKS) == t)
+        alone = live & (is_lasting(t, DILATION, SINKS) == 0)
         store_rows(dk + at, t, d_t, (own_ds * factor)[:, None] * q_tile.to(tl.float32), alone, DH, BD)
         store_rows(dv + at, t, d_t, own_p[:, None] * dy_tile.to(tl.float32), alone, DH, BD)
     acc = own_ds[:, None] * own_k
-    n = count_lasting(tl.minimum(first + BM, T), DILATION, SINKS)
-    for j0 in tl.range(0, n, BN, num_stages=STAGES):
+    n, whole, start, left, right = bounds(first, end, BN, DILATION, WINDOW, SINKS)
+    for j0 in tl.range(0, whole, BN, num_stages=STAGES):
+        p = lasting(j0 + tl.arange(0, BN), n, DILATION, SINKS)
+        k_tile, v_tile = load_rows(k, p, k_t, p >= 0, DH, BD), load_rows(v, p, v_t, p >= 0, DH, BD)
+        acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, None, lse_t, delta_t, scale, acc)
+    for j0 in tl.range(whole, n, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
         p = lasting(j, n, DILATION, SINKS)
         k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
         acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, p[None, :] < t[:, None], lse_t, delta_t, scale, acc)
     if WINDOW > 0:
-        for p0 in tl.range(tl.maximum(first - WINDOW, 0), tl.minimum(first + BM, T), BN, num_stages=STAGES):
+        for p0 in tl.range(left, right, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
-            k_tile, v_tile = load_rows(k, p, k_t, p < T, DH, BD), load_rows(v, p, v_t, p < T, DH, BD)
-            sees = within(t[:, None] - 1 - passing(p, DILATION, SINKS)[None, :], WINDOW)
+            k_tile, v_tile = load_rows(k, p, k_t, p >= 0, DH, BD), load_rows(v, p, v_t, p >= 0, DH, BD)
+            acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, None, lse_t, delta_t, scale, acc)
+        for e in tl.range(0, tl.cdiv(end - start - (right - left), BN), num_stages=STAGES):
+            p, sees = near(e, start, left, right, BN, DILATION, WINDOW, SINKS, t)
+            k_tile, v_tile = load_rows(k, p, k_t, p < end, DH, BD), load_rows(v, p, v_t, p < end, DH, BD)
             acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
     store_rows(dq + at, t, d_t, acc * factor, live, DH, BD)
+
+
+@jit
+def attend_backward_kv(q, dy, t, live, q_t, dy_t, k, v, sees, lse, delta, scale, acc_k, acc_v, DH: tl.constexpr, BD: tl.constexpr):
+    """dk, without the factor 1 / sqrt(Dh), and dv (BN, BD) of BM queries t more. q, dy, lse, delta: of the head."""
+    q_tile, dy_tile = load_rows(q, t, q_t, live, DH, BD), load_rows(dy, t, dy_t, live, DH, BD)      # (BM, BD)
+    lse_t = tl.load(lse + t, mask=live, other=float("inf"))
+    delta_t = tl.load(delta + t, mask=live, other=0)
+    s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
+    if sees is not None:
+        s = tl.where(sees, s, -float("inf"))
+    p = tl.exp2(s * scale - lse_t[None, :])                                                         # (BN, BM)
+    acc_v = tl.dot(p.to(dy_tile.dtype), dy_tile, acc_v, input_precision="ieee")
+    ds = p * (tl.dot(v, tl.trans(dy_tile), input_precision="ieee") - delta_t[None, :])
+    return tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision="ieee"), acc_v
 
 
 @jit
@@ -617,35 +727,44 @@ def attention_backward_kv_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h
                                  LASTING: tl.constexpr, SPLIT: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr,
                                  SINKS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                                  STAGES: tl.constexpr):
-    """dk and dv of one tile of the n lasting keys (LASTING) or of the passing keys among n = T, from one of `splits` shares
+    """dk and dv of one tile of the n lasting keys (LASTING) or of the others among n = T, from one of `splits` shares
     of the queries that see it. SPLIT: to part (splits, 2, B * H, n, Dh) float32 instead of dk, dv."""
     program = tl.program_id(0).to(tl.int64)
     tile, split, head = (program % tiles).to(tl.int32), program // tiles % splits, program // tiles // splits
     b, h = head // H, head % H
     j = tile * BN + tl.arange(0, BN)
+    p, live, end = j, j < n, T
     if LASTING:
-        p, live, end = lasting(j, n, DILATION, SINKS), j < n, T
+        p = lasting(j, n, DILATION, SINKS)
     else:
-        p, live, end = j, (j < n) & (passing(j, DILATION, SINKS) == j), tl.minimum(tile * BN + BN + WINDOW, T)
-    first = tl.min(p)
+        live = live & (is_lasting(j, DILATION, SINKS) == 0)
+        end = tl.minimum(tile * BN + BN + WINDOW, T)
+    first, last_p = tl.min(p), tl.max(tl.where(live, p, 0))
     k_tile = load_rows(k + b * k_b + h * k_h, p, k_t, live, DH, BD)                                 # (BN, BD)
     v_tile = load_rows(v + b * v_b + h * v_h, p, v_t, live, DH, BD)
     q += b * q_b + h * q_h
     dy += b * dy_b + h * dy_h
+    lse += head * T
+    delta += head * T
     acc_k, acc_v = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BD), tl.float32)
-    blocks = tl.cdiv(end - first, BM)
-    for block in tl.range((blocks * split // splits).to(tl.int32), (blocks * (split + 1) // splits).to(tl.int32),
-                          num_stages=STAGES):
+    blocks = tl.cdiv(end - first, BM)                              # of queries: those from left up to right need no mask
+    low, high = (blocks * split // splits).to(tl.int32), (blocks * (split + 1) // splits).to(tl.int32)
+    left = tl.minimum(tl.maximum(tl.cdiv(last_p - first, BM), low), high)
+    right = high
+    if not LASTING:
+        right = tl.maximum(left, tl.minimum((WINDOW + 1) // BM, high))
+    for block in tl.range(left, right, num_stages=STAGES):
         t = first + block * BM + tl.arange(0, BM)                                                   # (BM,)
-        q_tile, dy_tile = load_rows(q, t, q_t, t < end, DH, BD), load_rows(dy, t, dy_t, t < end, DH, BD)
-        lse_t = tl.load(lse + head * T + t, mask=t < end, other=float("inf"))
-        delta_t = tl.load(delta + head * T + t, mask=t < end, other=0)
-        sees = p[:, None] <= t[None, :] if LASTING else within(t[None, :] - p[:, None], WINDOW + 1)
-        s = tl.where(sees, tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"), -float("inf"))
-        prob = tl.exp2(s * scale - lse_t[None, :])                                                  # (BN, BM)
-        acc_v = tl.dot(prob.to(dy_tile.dtype), dy_tile, acc_v, input_precision="ieee")
-        ds = prob * (tl.dot(v_tile, tl.trans(dy_tile), input_precision="ieee") - delta_t[None, :])
-        acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision="ieee")
+        acc_k, acc_v = attend_backward_kv(q, dy, t, t < T, q_t, dy_t, k_tile, v_tile, None, lse, delta, scale, acc_k, acc_v,
+                                          DH, BD)
+    for e in tl.range(low, high - (right - left), num_stages=STAGES):
+        t = first + tl.where(e < left, e, e - left + right) * BM + tl.arange(0, BM)
+        ago = t[None, :] - p[:, None]
+        sees = ago >= 0
+        if not LASTING:
+            sees = sees & (ago <= WINDOW)
+        acc_k, acc_v = attend_backward_kv(q, dy, t, t < end, q_t, dy_t, k_tile, v_tile, sees, lse, delta, scale, acc_k, acc_v,
+                                          DH, BD)
     if SPLIT:
         heads = tl.num_programs(0) // tiles // splits
         store_rows(part + ((split * 2 + 0) * heads + head) * n * DH, j, DH, acc_k * factor, live, DH, BD)
@@ -677,12 +796,6 @@ def attention_plan(kind, q, dilation, window, sinks):
 def with_strides(*tensors):
     """Each tensor (B, H, T, Dh) followed by its strides along B, H and T, as the kernels take them."""
     return [z for x in tensors for z in (x, *x.stride()[:3])]
-
-
-def new_heads(x):
-    """An empty tensor of x's shape (B, H, T, Dh), laid out so that .transpose(1, 2) is contiguous."""
-    B, H, T, Dh = x.shape
-    return x.new_empty(B, T, H, Dh).transpose(1, 2)
 
 
 def launch_attention(q, k, v, span, start=0, k_cache=None, v_cache=None):
@@ -806,12 +919,6 @@ def positions(length, slots, dilation, window, sinks):
     return p.masked_fill(p > last, FUTURE)
 
 
-def rotate(x, cos, sin):
-    """RoPE on x (..., T, Dh): channel i of the first half turns with channel i of the second. cos, sin (T, Dh/2) float32."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
 def decode_ref(y, x, state, rope, k_cache, v_cache, length, dilation, window, sinks):
     """`decode` in plain PyTorch: what it means, and what runs without a GPU. float64 inputs stay float64."""
     span, (o, q, k, v, *g) = (dilation, window, sinks), x.unbind(1)                 # (B, h, Dh)
@@ -819,7 +926,7 @@ def decode_ref(y, x, state, rope, k_cache, v_cache, length, dilation, window, si
         a = torch.sigmoid(g[0].to(state.dtype))
         state.copy_(a * state + (1 - a) * torch.stack((k, v)))
         k, v = state.to(x.dtype)
-    q, k, v = rotate(q, *rope)[:, :, None], rotate(k, *rope)[:, :, None], v[:, :, None]        # (B, h, 1, Dh)
+    q, k, v = rotate_ref(q, *rope)[:, :, None], rotate_ref(k, *rope)[:, :, None], v[:, :, None]        # (B, h, 1, Dh)
     p = positions(length, k_cache.shape[2], *span)
     held = p < FUTURE
     keys, values = torch.cat((k_cache[:, :, held], k), dim=2), torch.cat((v_cache[:, :, held], v), dim=2)

@@ -169,28 +169,34 @@ PRESETS = {
 }
 
 
-def rope_angles(t, Dh):
+@torch.library.custom_op("rat::rope_angles", mutates_args=())      # or torch.compile would compute them again at every use
+def rope_angles(t: torch.Tensor, Dh: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (T, Dh/2), float32, of the absolute positions t (T,), base 10000."""
     frequency = 10000.0 ** (-torch.arange(0, Dh, 2, device=t.device, dtype=torch.float32) / Dh)
     angle = t[:, None].float() * frequency
     return angle.cos(), angle.sin()
 
 
+@rope_angles.register_fake
+def rope_angles_fake(t, Dh):
+    return tuple(t.new_empty(len(t), Dh // 2, dtype=torch.float32) for _ in range(2))
+
+
 class Mixing(nn.Module):
     """Temporal mixing, the part that RAT+ changes: equations (1) to (5)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.config, self.layer = config, layer
+        self.config = config
         self.norm = nn.RMSNorm(C, eps=1e-6)
         self.in_proj = nn.Linear(C, (5 if config.recurrence else 4) * C, bias=False)     # rows: o, q, k, v, g
         self.out_proj = nn.Linear(C, C, bias=False)
 
-    def forward(self, x, rope, pattern, cache=None):
-        """x (B, T, C) -> (B, T, C). rope: cos and sin of x's positions. With a Cache, x continues what it has seen."""
-        B, T, C = x.shape
-        H, i, groups = self.config.n_head, self.layer, pattern.groups(self.layer, self.config.n_head)
+    def forward(self, x, rope, groups, cache=None, i=None):
+        """x (B, T, C) -> (B, T, C). rope: cos and sin of x's positions; groups: [(rule, slice of heads)]. With a Cache, in
+        which this is layer i, x continues what that has seen."""
+        (B, T, C), H = x.shape, self.config.n_head
         x = self.in_proj(self.norm(x))                                                   # (1)
         if cache and T == 1:                                                             # (2) to (5) in one
             x, state, y = x.view(B, -1, H, C // H), cache.state[i].view(2, B, H, -1), x.new_empty(B, H, C // H)
@@ -208,23 +214,23 @@ class Mixing(nn.Module):
         for j, (rule, heads) in enumerate(groups):                                       # (3), (4)
             qkv = q[:, heads], k_rec[:, heads], v_rec[:, heads]                          # (B, heads, T, Dh)
             y.append(cache.groups[i][j].attend(*qkv, cache.length) if cache else attention(*qkv, *rule.span))
-        y = torch.cat([z.transpose(1, 2) for z in y], dim=2).reshape(B, T, C)
+        y = (y[0] if len(y) == 1 else torch.cat(y, dim=1)).transpose(1, 2).reshape(B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                                       # (5)
 
 
 class Block(nn.Module):
     """Temporal mixing, then the MLP (exact GELU, width 4C), each added to the residual stream: equation (5)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.mix = Mixing(config, layer)
+        self.mix = Mixing(config)
         self.norm = nn.RMSNorm(C, eps=1e-6)
         self.fc1 = nn.Linear(C, 4 * C, bias=False)
         self.fc2 = nn.Linear(4 * C, C, bias=False)
 
-    def forward(self, x, rope, pattern, cache=None):
-        x = x + self.mix(x, rope, pattern, cache)
+    def forward(self, x, rope, groups, *cached):
+        x = x + self.mix(x, rope, groups, *cached)
         return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
 
 
@@ -253,7 +259,7 @@ class GroupCache:
             from torch.nn.attention.bias import causal_lower_right           # takes as long to import as all else here
             bias = causal_lower_right(T, end)
             return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end], attn_mask=bias)
-        before = sinks + torch.arange(max(start - window, 0), start, device=device) % max(window, 1)     # the ring in order
+        before = slot_of(torch.arange(max(start - window, 0), start), *self.span).to(device)             # the window so far
         local = [torch.cat((held[:, :, before], new), dim=2) for held, new in ((self.k, k_rec), (self.v, v_rec)) if start]
         p = torch.arange(start, end)
         p = p[allowed(end, p, *self.span)].to(device)              # those that the next query may use; no wait for the GPU
@@ -345,26 +351,33 @@ class RATPlus(nn.Module):
         super().__init__()
         self.config, self.checkpointing = config, False                # checkpointing: blocks run again in backward
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)    # also the output head
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02)
 
     def hidden(self, idx, pattern, cache=None):
-        """(B, T) int -> (B, T, C): everything but the output head. With a cache, idx continues what it has seen."""
+        """(B, T) int -> (B, T, C): everything but the last norm and the output head. With a cache, idx continues what it has seen."""
         t = torch.arange(idx.shape[1], device=idx.device) + (cache.seen if cache else 0)
         rope = rope_angles(t, self.config.n_embd // self.config.n_head)
         x = self.embed(idx)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            arguments = x, rope, pattern.groups(i, self.config.n_head), *((cache, i) if cache else ())
             again = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, rope, pattern, use_reentrant=False) if again else block(x, rope, pattern, cache)
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         if cache:
             cache.seen += idx.shape[1]
-        return self.norm(x)
+        return x
 
     def head(self, x):
-        return F.linear(x, self.embed.weight)
+        return F.linear(self.norm(x), self.embed.weight)
+
+    def summed_loss(self, x, targets):
+        """Cross-entropy of what `hidden` returned, summed over the targets that are not -100."""
+        weight, kind = self.embed.weight, x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return LinearCrossEntropy.apply(self.norm(x).flatten(0, 1), weight, targets.flatten(), dtype, torch.is_grad_enabled())
 
     def forward(self, idx, pattern="D1"):
         """Logits (B, T, V) of idx (B, T), every position in parallel. ValueError for a pattern that does not fit."""
@@ -372,11 +385,14 @@ class RATPlus(nn.Module):
 
     def loss(self, idx, targets, pattern="D1"):
         """Mean cross-entropy in nats over targets (B, T) that are not -100, a float32 scalar; 0 if all are."""
-        x, weight = self.hidden(idx, Pattern.parse(pattern).fit(self.config)).flatten(0, 1), self.embed.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        total = LinearCrossEntropy.apply(x, weight, targets.flatten(), dtype, torch.is_grad_enabled())
-        return total / (targets != -100).sum().clamp(min=1)
+        x = self.hidden(idx, Pattern.parse(pattern).fit(self.config))
+        return self.summed_loss(x, targets) / (targets != -100).sum().clamp(min=1)
+
+    def compile(self, **options):
+        """torch.compile the blocks and the loss, each by itself: the blocks are alike, so that one graph a rule serves all."""
+        for block in self.blocks:
+            block.compile(**options)
+        self.summed_loss = torch.compile(self.summed_loss, **options)
 
     def new_cache(self, batch, max_len, pattern="D1", device=None):
         """An empty Cache for `batch` sequences of up to max_len tokens, in the compute dtype (autocast's or the weights').

@@ -69,7 +69,7 @@ def move(z, config):
 
 
 class Loss(torch.nn.Module):
-    """model.loss in the compute dtype of the flags, as a module: what torch.compile and DDP wrap."""
+    """model.loss in the compute dtype of the flags, as a module: what DDP wraps."""
 
     def __init__(self, model, config):
         super().__init__()
@@ -84,9 +84,8 @@ def trainable(model, config):
     """The Loss to train with, by the flags: compiled, checkpointed, its gradients averaged over the processes."""
     model.checkpointing, loss_fn = config.checkpointing, Loss(model, config)
     if config.compile:
-        torch.compiler.reset()                                  # forget an earlier model's graphs: their number is limited
-        torch._dynamo.config.optimize_ddp = False               # DDP's cuts through a graph can't pass our own gradients
-        loss_fn.compile(dynamic=False)                          # one graph a pattern, none for other shapes
+        torch._dynamo.config.recompile_limit = 64               # graphs: one for each rule of the patterns and each shape
+        model.compile(dynamic=False)
     return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True) if WORLD > 1 else loss_fn
 
 
@@ -148,9 +147,10 @@ def fit(model, config, passes, batch, optimizer, first=0, due=lambda step: False
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")                       # compiling would take longer than it saves
 def evaluate(model, tokens, pattern, config):
     """Mean loss over config.eval_windows windows spread evenly over `tokens`, every token counted (nats per token)."""
-    T, loss_fn = config.context, Loss(model, config)            # not compiled: that would take longer than it saves
+    T, loss_fn = config.context, Loss(model, config)
     starts = np.linspace(0, len(tokens) - T - 1, min(config.eval_windows, (len(tokens) - 1) // T)).astype(int)
     batches = [starts[i:i + config.eval_batch] for i in range(0, len(starts), config.eval_batch)][RANK::WORLD]
     cuts = ((move(z, config) for z in cut(tokens, batch, T)) for batch in batches)

@@ -146,7 +146,7 @@ def test_hybrid_layers_and_heads_are_each_layer_and_head_by_itself():
     mix, rope, seen = model.blocks[1].mix, rope_angles(torch.arange(30), 8), []
     hook = mix.out_proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].view(2, 30, 4, 8)))
     for pattern in ("D1/D4/W3/D8S2", "D1", "D4", "W3", "D8S2"):
-        mix(x, rope, Pattern.parse(pattern))
+        mix(x, rope, Pattern.parse(pattern).groups(1, 4))
     hook.remove()
     for head in range(4):
         error = relative_error(seen[0][:, :, head], seen[head + 1][:, :, head])
@@ -154,8 +154,8 @@ def test_hybrid_layers_and_heads_are_each_layer_and_head_by_itself():
     idx = torch.randint(50, (1, 30))
     hidden = model.embed(idx)
     for block, pattern in zip(model.blocks, ("D4W2", "D1/D8")):
-        hidden = block(hidden, rope, Pattern.parse(f"{pattern},{pattern}"))
-    assert relative_error(model.head(model.norm(hidden)), model(idx, pattern="D4W2,D1/D8")) < 1e-6
+        hidden = block(hidden, rope, Pattern.parse(pattern).groups(0, 4))
+    assert relative_error(model.head(hidden), model(idx, pattern="D4W2,D1/D8")) < 1e-6
 
 
 def test_loss_is_the_mean_over_targets_that_count():

@@ -141,7 +141,7 @@ def test_compile_on_and_off_agree(monkeypatch, backend, shape):
     """Both passes of ARL through the tracer; machine code, whose making takes long, for dense attention only."""
     if not train.TrainConfig(compile=True, device="cpu").compile:
         pytest.skip("no C++ compiler here")
-    monkeypatch.setattr(train.Loss, "compile", functools.partialmethod(train.Loss.compile, backend=backend))
+    monkeypatch.setattr(RATPlus, "compile", functools.partialmethod(RATPlus.compile, backend=backend))
     compiled, eager = ([record["losses"] for record in small_fit(compile=compile, **shape)] for compile in (True, False))
     for a, b in zip(compiled, eager):
         assert all(abs(a[pattern] - b[pattern]) < 1e-4 for pattern in a), f"{a} compiled, {b} eagerly"
