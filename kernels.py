@@ -476,10 +476,11 @@ def attention_by_blocks(q, k_rec, v_rec, dilation, window, sinks, block=128):
 #   near       in the window of one of the program's queries: a stretch of memory, read as it lies
 #   far        before that, and lasting, which is to say a sink or on the grid: each is in reach of all of the queries
 #
-# Lasting positions form a list, j -> p: first the sinks p = j, then the grid from the first position behind them; tiles of BN
-# of them are gathered row by row. Keys that no query may use are never loaded, but for those in a window's ragged edges:
-# cost grows with T / D + S + W. Without a window, far goes on to the program's last query, and its last tile needs a mask; with
-# one, near needs it at its two edges. All other tiles are taken whole: comparing positions costs as much as exp2.
+# Lasting positions form a list, j -> p: first the sinks p = j, then the grid from the first position behind them. The far ones
+# are gathered from it row by row, in tiles of BN; tiles of near keys follow. Without a window, far goes on to the program's last
+# query. Keys that no query may use are never loaded, but for those in a window's ragged edges: cost grows with T / D + S + W.
+# The tiles that all queries see whole, most of them, go first, in a loop that compares no positions. Two loops, not one for
+# each kind of tile: whenever one starts, it waits for memory.
 #
 # Online softmax: m: largest score, l: sum, acc: weighted values. Scores are in units of log2: scale = log2(e) / sqrt(Dh),
 # so that exp2, which the hardware has, replaces exp. lse = m + log2(l) is kept for the backward pass. Grid: query blocks x B x H,
@@ -522,49 +523,59 @@ def is_lasting(p, DILATION: tl.constexpr, SINKS: tl.constexpr):
 
 @jit
 def load_rows(x, row, stride, live, DH: tl.constexpr, BD: tl.constexpr):
-    """Rows of x (., Dh) -> (len(row), BD); 0 where not live, and beyond Dh."""
+    """Rows of x (., Dh) -> (len(row), BD); 0 where not live (None: all are), and beyond Dh."""
     d = tl.arange(0, BD)
-    mask = live[:, None] if DH == BD else live[:, None] & (d < DH)[None, :]
+    mask = (row == row if live is None else live)[:, None] & (d < DH)[None, :]
     return tl.load(x + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0)
 
 
 @jit
 def store_rows(x, row, stride, values, live, DH: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)
-    mask = live[:, None] if DH == BD else live[:, None] & (d < DH)[None, :]
+    mask = live[:, None] & (d < DH)[None, :]
     tl.store(x + row.to(tl.int64)[:, None] * stride + d[None, :], values.to(x.dtype.element_ty), mask=mask)
 
 
 @jit
-def bounds(first, end, BN: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
-    """Where the tiles of queries first .. end - 1 lie: (n, whole, start, left, right).
-
-    Far keys are the lasting ones j < n; tiles below `whole` need no mask. Near tiles start at position `start`; those from
-    left up to right need no mask.
-    """
+def plan(first, end, BN: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+    """The tiles of queries first .. end - 1: (n, start, far, whole, left, right, tiles). First come `far` tiles of n far
+    keys, then those of near keys from position `start` on. Tiles below `whole`, and from left up to right, are seen whole."""
     start = tl.maximum(first - WINDOW, 0) if WINDOW > 0 else end
     n = count_lasting(start, DILATION, SINKS)
-    whole = (n if WINDOW > 0 else count_lasting(first, DILATION, SINKS)) // BN * BN
-    left = start + tl.cdiv(tl.maximum(end - 1 - WINDOW - start, 0), BN) * BN
-    right = tl.maximum(left, start + (first - start) // BN * BN)
-    return n, whole, start, left, right
+    whole = (n if WINDOW > 0 else count_lasting(first, DILATION, SINKS)) // BN
+    far = tl.cdiv(n, BN)
+    left = far + tl.cdiv(tl.maximum(end - 1 - WINDOW - start, 0), BN)
+    right = tl.maximum(left, far + (first - start) // BN)
+    return n, start, far, whole, left, right, far + tl.cdiv(end - start, BN)
 
 
 @jit
-def near(i, start, left, right, BN: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, t):
-    """The i-th near tile that needs a mask: its positions (BN,), and which of them each query sees (BM, BN)."""
-    edge = start + i * BN
-    p = tl.where(edge < left, edge, edge - left + right) + tl.arange(0, BN)
+def tile_of(e, far, n, start, BN: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+    """The positions (BN,) of the keys of tile e."""
+    j = e * BN + tl.arange(0, BN)
+    p = lasting(j, n, DILATION, SINKS)
+    return tl.where(e < far, p, start - far * BN + j) if WINDOW > 0 else p
+
+
+@jit
+def seen(t, p, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+    """`allowed` but for the query itself, (BM, BN)."""
     ago = t[:, None] - p[None, :]
-    return p, (ago > 0) & ((ago <= WINDOW) | is_lasting(p, DILATION, SINKS)[None, :])
+    return (ago > 0) & ((ago <= WINDOW) | is_lasting(p, DILATION, SINKS)[None, :])
 
 
 @jit
-def far_row(p, CACHED: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
-    """The row of the lasting key at p: p itself, or in a cache, as in `slot_of`."""
-    if CACHED and DILATION > 0:
-        p = tl.where((p + 1) % DILATION == 0, SINKS + WINDOW + p // DILATION, p)
-    return p
+def load_keys(x, stride, cache, p, origin, far, live, CACHED: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr,
+              SINKS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr):
+    """Keys or values at positions p (BN,): rows of x, which starts at origin; far ones, if CACHED, of the cache."""
+    if CACHED:
+        slot = p                                                                                    # as in `slot_of`
+        if DILATION > 0:
+            slot = tl.where((p + 1) % DILATION == 0, SINKS + WINDOW + p // DILATION, p)
+        d = tl.arange(0, BD)[None, :]
+        rows = tl.where(far, cache + slot.to(tl.int64)[:, None] * DH + d, x + (p - origin).to(tl.int64)[:, None] * stride + d)
+        return tl.load(rows, mask=(p == p if live is None else live)[:, None] & (d < DH), other=0)
+    return load_rows(x, p - origin, stride, live, DH, BD)
 
 
 @jit
@@ -602,30 +613,22 @@ def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_
     m = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
     l = tl.full((BM,), 1, tl.float32)
     acc = load_rows(v, t - origin, v_t, live, DH, BD).to(tl.float32)
-    n, whole, start, left, right = bounds(first, end, BN, DILATION, WINDOW, SINKS)
-    k_far, v_far, k_far_t, v_far_t = k, v, k_t, v_t
+    n, start, far, whole, left, right, tiles = plan(first, end, BN, DILATION, WINDOW, SINKS)
     if CACHED:
-        k_far, v_far, k_far_t, v_far_t = k_cache + head * slots * DH, v_cache + head * slots * DH, DH, DH
-    for j0 in tl.range(0, whole, BN, num_stages=STAGES):
-        row = far_row(lasting(j0 + tl.arange(0, BN), n, DILATION, SINKS), CACHED, DILATION, WINDOW, SINKS)
-        k_tile, v_tile = load_rows(k_far, row, k_far_t, row >= 0, DH, BD), load_rows(v_far, row, v_far_t, row >= 0, DH, BD)
+        k_cache += head * slots * DH
+        v_cache += head * slots * DH
+    for u in tl.range(0, whole + right - left, num_stages=STAGES):
+        e = tl.where(u < whole, u, u - whole + left)
+        p = tile_of(e, far, n, start, BN, DILATION, WINDOW, SINKS)
+        k_tile = load_keys(k, k_t, k_cache, p, origin, e < far, None, CACHED, DILATION, WINDOW, SINKS, DH, BD)
+        v_tile = load_keys(v, v_t, v_cache, p, origin, e < far, None, CACHED, DILATION, WINDOW, SINKS, DH, BD)
         acc, l, m = attend(q_tile, k_tile, v_tile, None, scale, acc, l, m)
-    for j0 in tl.range(whole, n, BN, num_stages=STAGES):
-        j = j0 + tl.arange(0, BN)
-        p = lasting(j, n, DILATION, SINKS)                                                          # (BN,)
-        row = far_row(p, CACHED, DILATION, WINDOW, SINKS)
-        k_tile, v_tile = load_rows(k_far, row, k_far_t, j < n, DH, BD), load_rows(v_far, row, v_far_t, j < n, DH, BD)
-        acc, l, m = attend(q_tile, k_tile, v_tile, p[None, :] < t[:, None], scale, acc, l, m)
-    if WINDOW > 0:
-        for p0 in tl.range(left, right, BN, num_stages=STAGES):
-            row = p0 - origin + tl.arange(0, BN)
-            k_tile, v_tile = load_rows(k, row, k_t, row >= 0, DH, BD), load_rows(v, row, v_t, row >= 0, DH, BD)
-            acc, l, m = attend(q_tile, k_tile, v_tile, None, scale, acc, l, m)
-        for e in tl.range(0, tl.cdiv(end - start - (right - left), BN), num_stages=STAGES):
-            p, sees = near(e, start, left, right, BN, DILATION, WINDOW, SINKS, t)
-            k_tile = load_rows(k, p - origin, k_t, p < end, DH, BD)
-            v_tile = load_rows(v, p - origin, v_t, p < end, DH, BD)
-            acc, l, m = attend(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
+    for u in tl.range(whole, tiles - (right - left), num_stages=STAGES):
+        e = tl.where(u < left, u, u - left + right)
+        p = tile_of(e, far, n, start, BN, DILATION, WINDOW, SINKS)
+        k_tile = load_keys(k, k_t, k_cache, p, origin, e < far, p < end, CACHED, DILATION, WINDOW, SINKS, DH, BD)
+        v_tile = load_keys(v, v_t, v_cache, p, origin, e < far, p < end, CACHED, DILATION, WINDOW, SINKS, DH, BD)
+        acc, l, m = attend(q_tile, k_tile, v_tile, seen(t, p, DILATION, WINDOW, SINKS), scale, acc, l, m)
     store_rows(y + b * y_b + h * y_h, i, y_t, acc / l[:, None], live, DH, BD)
     tl.store(lse + head * T + i, m + tl.log2(l), mask=live)
 
@@ -684,25 +687,16 @@ def attention_backward_q_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h,
         store_rows(dk + at, t, d_t, (own_ds * factor)[:, None] * q_tile.to(tl.float32), alone, DH, BD)
         store_rows(dv + at, t, d_t, own_p[:, None] * dy_tile.to(tl.float32), alone, DH, BD)
     acc = own_ds[:, None] * own_k
-    n, whole, start, left, right = bounds(first, end, BN, DILATION, WINDOW, SINKS)
-    for j0 in tl.range(0, whole, BN, num_stages=STAGES):
-        p = lasting(j0 + tl.arange(0, BN), n, DILATION, SINKS)
-        k_tile, v_tile = load_rows(k, p, k_t, p >= 0, DH, BD), load_rows(v, p, v_t, p >= 0, DH, BD)
+    n, start, far, whole, left, right, tiles = plan(first, end, BN, DILATION, WINDOW, SINKS)
+    for u in tl.range(0, whole + right - left, num_stages=STAGES):
+        p = tile_of(tl.where(u < whole, u, u - whole + left), far, n, start, BN, DILATION, WINDOW, SINKS)
+        k_tile, v_tile = load_rows(k, p, k_t, None, DH, BD), load_rows(v, p, v_t, None, DH, BD)
         acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, None, lse_t, delta_t, scale, acc)
-    for j0 in tl.range(whole, n, BN, num_stages=STAGES):
-        j = j0 + tl.arange(0, BN)
-        p = lasting(j, n, DILATION, SINKS)
-        k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
-        acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, p[None, :] < t[:, None], lse_t, delta_t, scale, acc)
-    if WINDOW > 0:
-        for p0 in tl.range(left, right, BN, num_stages=STAGES):
-            p = p0 + tl.arange(0, BN)
-            k_tile, v_tile = load_rows(k, p, k_t, p >= 0, DH, BD), load_rows(v, p, v_t, p >= 0, DH, BD)
-            acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, None, lse_t, delta_t, scale, acc)
-        for e in tl.range(0, tl.cdiv(end - start - (right - left), BN), num_stages=STAGES):
-            p, sees = near(e, start, left, right, BN, DILATION, WINDOW, SINKS, t)
-            k_tile, v_tile = load_rows(k, p, k_t, p < end, DH, BD), load_rows(v, p, v_t, p < end, DH, BD)
-            acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
+    for u in tl.range(whole, tiles - (right - left), num_stages=STAGES):
+        p = tile_of(tl.where(u < left, u, u - left + right), far, n, start, BN, DILATION, WINDOW, SINKS)
+        k_tile, v_tile = load_rows(k, p, k_t, p < end, DH, BD), load_rows(v, p, v_t, p < end, DH, BD)
+        sees = seen(t, p, DILATION, WINDOW, SINKS)
+        acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
     store_rows(dq + at, t, d_t, acc * factor, live, DH, BD)
 
 

@@ -260,7 +260,8 @@ class GroupCache:
             bias = causal_lower_right(T, end)
             return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end], attn_mask=bias)
         before = slot_of(torch.arange(max(start - window, 0), start), *self.span).to(device)             # the window so far
-        local = [torch.cat((held[:, :, before], new), dim=2) for held, new in ((self.k, k_rec), (self.v, v_rec)) if start]
+        local = [torch.cat((held[:, :, before], new), dim=2) if window else new
+                 for held, new in ((self.k, k_rec), (self.v, v_rec)) if start]
         p = torch.arange(start, end)
         p = p[allowed(end, p, *self.span)].to(device)              # those that the next query may use; no wait for the GPU
         for held, new in ((self.k, k_rec), (self.v, v_rec)):

@@ -7,6 +7,7 @@ import torch
 import kernels
 from kernels import (allowed, attention, attention_at, attention_by_blocks, attention_chunk, attention_ref, compare,
                      recurrence, recurrence_flat, recurrence_ref, relative_error, slot_of)
+from model import rope_angles
 
 pytestmark = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 GPU = torch.cuda.is_available()
@@ -86,6 +87,22 @@ def test_attention_kernel(span, T):
     check(compare(*ops, (("y",), ("x",)), (x,)), 1e-5)
 
 
+@pytest.mark.parametrize("span", [(16, 150, 4), (0, 200, 3), (3, 0, 0), (2, 260, 40)])
+def test_attention_kernel_on_tiles_that_need_no_mask(span):
+    """Long enough for tiles of keys that all of a program's queries see, far ones and in the middle of a window."""
+    x = torch.randn(1, 430, 3, 3, 8, device=DEVICE)
+    ops = [lambda x, f=f: (f(*heads(x), *span),) for f in (attention, attention_ref)]
+    check(compare(*ops, (("y",), ("x",)), (x,)), 1e-5)
+
+
+@pytest.mark.parametrize("T, Dh", [(1, 2), (5, 8), (37, 24), (70, 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotate_kernel(T, Dh, dtype):
+    x, angles = torch.randn(2, T, 3, 4, Dh, device=DEVICE).to(dtype), rope_angles(torch.arange(T, device=DEVICE), Dh)
+    ops = [lambda x, f=f: (f(heads(x)[1], *angles),) for f in (kernels.rotate, kernels.rotate_ref)]
+    check(compare(*ops, (("y",), ("x",)), (x,)), LIMITS[dtype])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("Dh", [8, 16, 24, 64, 128, 256])
 def test_attention_kernel_head_widths(Dh, dtype):
@@ -139,6 +156,7 @@ def test_operators_are_registered_as_pytorch_wants_them():
     q = torch.randn(1, 2, 20, 8, device=DEVICE, requires_grad=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(kernels.recurrence_forward, (k, v, g, *state), test_utils=tests)
+    torch.library.opcheck(kernels.rotate_triton, (q, *rope_angles(torch.arange(20, device=DEVICE), 8)), test_utils=tests)
     torch.library.opcheck(kernels.attention_forward, (q, q.detach(), q.detach(), 4, 3, 1), test_utils=tests)
 
 
