@@ -99,7 +99,7 @@ def test_train_adapt_eval_and_sample(tmp_path):
     assert rows["D1", "dense"][1] == "136 (100.0%)" and rows["D4", "adapted"][1] == "40 (29.4%)"    # (16 or 4 + 1) * 128 / 16
     assert rows["D1", "dense"][2] == "1088 (100.0%)" and rows["D4", "adapted"][2] == "320 (29.4%)"  # (7.5 or 1.5 + 1) * 128
     keys = np.mean([t % 4 + 1 + 4 * (t >= 4) for t in range(16)])                                   # its own block and one more
-    assert rows["N4K2", "adapted"][:2] == [f"{keys:.1f}", "168 (123.5%)"]                           # (16 + 4 blocks + 1) * 128 / 16
+    assert rows["N4K2", "adapted"][:2] == [f"{keys:.1f}", "168 (123.5%)"]                           # (16 + 4 + 1) * 128 / 16
     assert rows["N4K2", "adapted"][2].startswith(f"{(keys - 1 + 1.5 + 1) * 128:.0f} ")              # 1.5 blocks are complete
     assert "```mermaid" in out and float(rows["D4", "adapted"][3]) < float(rows["D4", "switched"][3])
 
