@@ -32,7 +32,7 @@ def main():
     pretraining = {"steps": 0, "lr": 1e-3, **meta.get("train", {})}
     recipe = {"steps": max(40, pretraining["steps"] // 100), "lr": pretraining["lr"] / 10, "warmup": 0.0}
     config = of_run(AdaptConfig, dense, meta, {**recipe, **given, "compile": config.compile}).check()
-    patterns = [Pattern.parse(pattern).fit(dense_model.config) for pattern in config.pattern]
+    patterns = [Pattern.parse(pattern, config.score).fit(dense_model.config) for pattern in config.pattern]
     parent, done = fingerprint(dense_model), []
     for path in (file_of(pattern, config.out) for pattern in patterns):
         if os.path.exists(path) and not config.overwrite:

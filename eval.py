@@ -4,6 +4,7 @@ What sparsity costs and saves, a row a pattern, as a Markdown table and a Mermai
   loss(P)  = mean cross-entropy over validation windows under P, of the dense weights ("switched") or those adapted to P
   keys(P)  = mean over positions, layers and heads of the number of keys that equation (4) allows
   cache(P) = bytes of the decoding cache after one window, counted on its tensors, per token of the window
+  read(P)  = bytes of it that a step of decoding reads, mean over the positions of a window; top-k blocks hold all, read few
   reach    = half-life of the recurrence in tokens, ln 2 / -ln a = ln 2 / softplus(-g), on validation text
 
 `python eval.py` reads out/dense.pt and the adapted checkpoints beside it; `python eval.py --compare out out/attention`
@@ -76,7 +77,7 @@ def reach(model, tokens, config):
 
 
 def measure(dense, given):
-    """One run: (its name, {(pattern, weights): loss}, {pattern: (keys, cache bytes, share of the dense cache's)}, reach)."""
+    """One run: (its name, {(pattern, weights): loss}, {pattern: (keys, cache bytes, bytes read)}, reach)."""
     config = EvalConfig(**given)
     model, meta = load_checkpoint(dense, config.device)
     config = of_run(EvalConfig, dense, meta, given)
@@ -84,10 +85,9 @@ def measure(dense, given):
     header(model, config)
     adapted = {} if config.checkpoint else adapted_checkpoints(dense, fingerprint(model), config.device)
     losses, costs, T = {}, {}, config.context
-    dense_cache = model.new_cache(1, T, "D1", device="meta").nbytes
-    for parsed in dict.fromkeys(map(Pattern.parse, ["D1", *(config.pattern or adapted)])):
-        pattern, cache = str(parsed), model.new_cache(1, T, parsed, device="meta").nbytes
-        costs[pattern] = parsed.keys_per_token(model.config, T), cache / T, cache / dense_cache
+    for parsed in dict.fromkeys(Pattern.parse(text, config.score) for text in ("D1", *(config.pattern or adapted))):
+        pattern, cache = str(parsed), model.new_cache(1, T, parsed, device="meta")
+        costs[pattern] = parsed.keys_per_token(model.config, T), cache.nbytes / T, cache.read(torch.arange(T))
         own = "dense" if pattern == "D1" else "adapted" if pattern == meta["pattern"] else "switched"
         weights = {own: model, **({"adapted": adapted[pattern]} if pattern in adapted else {})}
         for label, version in weights.items():
@@ -102,17 +102,18 @@ def measure(dense, given):
 def table(runs):
     """The Markdown table of several `measure`s.
 
-    gap: to the run's own dense loss. Keys and cache: of the first run that has the pattern; those of a run without
+    gap: to the run's own dense loss. Keys and bytes: of the first run that has the pattern; those of a run without
     recurrence are smaller by the recurrent state.
     """
-    lines = [["pattern", "weights", "keys per token", "cache bytes per token"]]
+    lines = [["pattern", "weights", "keys per token", "cache bytes per token", "bytes read per token"]]
     for name, *_ in runs:
         lines[0] += [f"{name}: loss", "gap", "perplexity"]
     lines.append(["---"] * len(lines[0]))
     costs = {pattern: cost for _, _, costs, _ in runs[::-1] for pattern, cost in costs.items()}
     for pattern, label in dict.fromkeys(key for _, losses, *_ in runs for key in losses):
-        keys, cache, share = costs[pattern]
-        lines.append([pattern, label, f"{keys:.1f}", f"{cache:.0f} ({share:.1%})"])
+        keys, *sizes = costs[pattern]
+        lines.append([pattern, label, f"{keys:.1f}"])
+        lines[-1] += [f"{size:.0f} ({size / dense:.1%})" for size, dense in zip(sizes, costs["D1"][1:])]
         for _, losses, *_ in runs:
             if loss := losses.get((pattern, label)):
                 lines[-1] += [f"{loss:.3f}", f"{loss - losses['D1', 'dense']:+.3f}", f"{math.exp(loss):.2f}"]

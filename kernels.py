@@ -1,9 +1,10 @@
 """
-RAT+'s operations: a plain-PyTorch reference of each, and beside it the Triton kernel that a GPU runs.
+RAT+'s operations: a plain-PyTorch reference of each, and beside it, but for top-k blocks, the Triton kernel that a GPU runs.
 
   recurrence   h_t = a_t * h_{t-1} + (1 - a_t) * x_t        a_t = sigmoid(g_t), x in {k, v}       (2)
   attention    y_t = sum over allowed p of softmax_p(q_t . k_p / sqrt(Dh)) v_p                    (3)
   allowed      p <= t, and p is on the dilated grid, in the window, or a sink                     (4)
+               or, with top-k blocks, in one of the blocks whose summaries score best for q_t
 
 Equation numbers are README's. The references run on any device and define what the operations mean. The kernels take
 over on CUDA, unasked, by the same names and with gradients; `path` says in every script's header which of the two ran.
@@ -15,6 +16,7 @@ over on CUDA, unasked, by the same names and with gradients; `path` says in ever
   state            2 x (B, C)        k~ and v~ of the last position, float32
   dilation         int               D: every D-th position is kept; 0 for none
   window, sinks    int               W, S: the authors' local_size and initial_size
+  block, topk      int               N, K: the size of a block, and how many a query attends to
   t, p             int64 tensors     position of a query, position of a key
   B T C H Dh                         batch, time, channels (C = H * Dh), heads, head width
 
@@ -435,15 +437,24 @@ def allowed(t, p, dilation, window, sinks):
     return (p <= t) & (on_grid(p, dilation) | (t - p <= window) | (p < sinks))
 
 
-def keys_per_query(T, dilation, window, sinks):
-    """Mean number of keys that `allowed` grants the queries of T positions.
+def count_keys(t, dilation, window, sinks, block=1, topk=1):
+    """How many keys queries at t (n,) attend to, in float64; t: int64. Without top-k blocks, a block is the query by itself.
 
-    Counted from the side of the keys: one on the grid or a sink is seen by all queries from its own on, others by the
-    window + 1 nearest.
+    A query takes its own block up to itself, and as many past blocks as there are, up to topk - 1. In the others it has what
+    `allowed` grants. Which they are follows from the data, so that this is a mean over all choices: exact where blocks hold
+    equally many such positions, as in N64K16 (none) and D64N64K8 (one), or where all blocks are taken.
     """
-    p = torch.arange(T)
-    lasting = allowed(FUTURE, p, dilation, window, sinks)
-    return torch.where(lasting, T - p, (T - p).clamp(max=window + 1)).sum().item() / T
+    past = t // block
+    taken, end = past.clamp(max=topk - 1), past * block
+    lasting = F.pad(allowed(FUTURE, torch.arange(t.max() + 1), dilation, window, sinks).cumsum(0), (1, 0))    # before each p
+    first = torch.minimum((t - window).clamp(min=0), end)          # from here to `end`, all are in the window
+    granted = end - first + lasting[first]                         # in all past blocks together
+    return t - end + 1 + taken * block + granted * (1 - taken.double() / past.clamp(min=1))
+
+
+def keys_per_query(T, dilation, window, sinks, block=1, topk=1):
+    """Mean number of keys of the queries of T positions, as `count_keys` counts them."""
+    return count_keys(torch.arange(T), dilation, window, sinks, block, topk).mean().item()
 
 
 def attention_at(q, k_rec, v_rec, t, p, dilation, window, sinks):
@@ -580,7 +591,7 @@ def load_keys(x, stride, cache, p, origin, far, live, CACHED: tl.constexpr, DILA
 
 @jit
 def attend(q, k, v, sees, scale, acc, l, m):
-    """One step of the online softmax: BN keys more. q (BM, BD); k, v (BN, BD); sees (BM, BN) or None; acc (BM, BD); l, m (BM,)."""
+    """One step of the online softmax: BN keys more. q, acc (BM, BD); k, v (BN, BD); sees (BM, BN) or None; l, m (BM,)."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if sees is not None:
         s = tl.where(sees, s, -float("inf"))
@@ -701,7 +712,8 @@ def attention_backward_q_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h,
 
 
 @jit
-def attend_backward_kv(q, dy, t, live, q_t, dy_t, k, v, sees, lse, delta, scale, acc_k, acc_v, DH: tl.constexpr, BD: tl.constexpr):
+def attend_backward_kv(q, dy, t, live, q_t, dy_t, k, v, sees, lse, delta, scale, acc_k, acc_v, DH: tl.constexpr,
+                       BD: tl.constexpr):
     """dk, without the factor 1 / sqrt(Dh), and dv (BN, BD) of BM queries t more. q, dy, lse, delta: of the head."""
     q_tile, dy_tile = load_rows(q, t, q_t, live, DH, BD), load_rows(dy, t, dy_t, live, DH, BD)      # (BM, BD)
     lse_t = tl.load(lse + t, mask=live, other=float("inf"))
@@ -913,14 +925,19 @@ def positions(length, slots, dilation, window, sinks):
     return p.masked_fill(p > last, FUTURE)
 
 
-def decode_ref(y, x, state, rope, k_cache, v_cache, length, dilation, window, sinks):
-    """`decode` in plain PyTorch: what it means, and what runs without a GPU. float64 inputs stay float64."""
-    span, (o, q, k, v, *g) = (dilation, window, sinks), x.unbind(1)                 # (B, h, Dh)
-    if g:                                                                           # (2)
+def new_token(x, state, rope):
+    """One step of (2), in `state`: o (B, h, Dh) and, after RoPE, q, k_rec, v_rec (B, h, 1, Dh) of the token x, as in `decode`."""
+    o, q, k, v, *g = x.unbind(1)                                                    # (B, h, Dh)
+    if g:
         a = torch.sigmoid(g[0].to(state.dtype))
         state.copy_(a * state + (1 - a) * torch.stack((k, v)))
         k, v = state.to(x.dtype)
-    q, k, v = rotate_ref(q, *rope)[:, :, None], rotate_ref(k, *rope)[:, :, None], v[:, :, None]        # (B, h, 1, Dh)
+    return o, rotate_ref(q, *rope)[:, :, None], rotate_ref(k, *rope)[:, :, None], v[:, :, None]
+
+
+def decode_ref(y, x, state, rope, k_cache, v_cache, length, dilation, window, sinks):
+    """`decode` in plain PyTorch: what it means, and what runs without a GPU. float64 inputs stay float64."""
+    span, (o, q, k, v) = (dilation, window, sinks), new_token(x, state, rope)       # (2)
     p = positions(length, k_cache.shape[2], *span)
     held = p < FUTURE
     keys, values = torch.cat((k_cache[:, :, held], k), dim=2), torch.cat((v_cache[:, :, held], v), dim=2)
@@ -1128,6 +1145,94 @@ def attention_chunk(q, k_cache, v_cache, k_local, v_local, start, dilation, wind
     k = torch.cat((k_cache[:, :, held], k_local[:, :, passing]), dim=2)
     v = torch.cat((v_cache[:, :, held], v_local[:, :, passing]), dim=2)
     return attention_at(q, k, v, torch.arange(start, end, device=q.device), torch.cat((p[held], local[passing])), *span)
+
+
+# ---------------------------------------------------------------------------------------------
+# Top-k blocks: which keys a query attends to follows from the data
+#
+# The past is cut into blocks of N = `block` positions. A query scores the past ones by a summary of their keys, and attends to
+# K = `topk` blocks in full, its own up to itself among them; and, in the same softmax, to what (4) grants elsewhere: with
+# D = N, the last position of every other block, which by the recurrence stands for the block. Scores of block b, q_t and keys
+# after RoPE:
+#
+#   mean     q_t . mean of its keys                                            as in MoBA
+#   minmax   sum over channels c of max(q_tc max k_pc, q_tc min k_pc)          as in Quest: no key's own score is above that
+#   last     q_t . k~ at its last position                                     the dilated key of D = N: nothing more to hold
+#
+# A choice of indices has no gradient; q, k~, v~ get theirs from the attention. Plain PyTorch on every device, no kernels.
+
+SCORES = "mean", "minmax", "last"
+
+
+def block_summaries(k_rec, block, score):
+    """What block scores read of keys (B, h, n block, Dh): (B, h, n, Dh), twice as wide for minmax, in the keys' dtype.
+
+    Maxima and minima lose nothing by that, and a mean is rounded alike in training and in decoding. A view for `last`.
+    """
+    assert score in SCORES, f"block_summaries: a score is one of {SCORES}, got {score!r}"
+    k = k_rec.unflatten(2, (k_rec.shape[2] // block, block))
+    if score == "last":
+        return k[:, :, :, -1]
+    return k.mean(3) if score == "mean" else torch.cat((k.amax(3), k.amin(3)), dim=-1)
+
+
+def block_scores(q, summaries, score):
+    """(B, h, T, n) float32: the scores of n blocks for queries (B, h, T, Dh)."""
+    q = q.float()
+    if score == "minmax":                                          # positive q is largest at max k, negative q at min k
+        q = torch.cat((q.clamp(min=0), q.clamp(max=0)), dim=-1)
+    with torch.autocast(q.device.type, enabled=False):
+        return q @ summaries.float().mT
+
+
+@torch.no_grad()
+def choose_blocks(q, summaries, t, block, topk, score):
+    """(B, h, T, topk) indices of the blocks of queries at t, that broadcasts to (T, 1); all n blocks if they are fewer.
+
+    A query's own block comes first. While there are fewer than topk - 1 before it, blocks after it fill the rest: causality
+    hides them. Of those blocks and its own, whose summaries may be unfinished, no score counts.
+    """
+    own, b = t // block, torch.arange(summaries.shape[2], device=q.device)
+    scores = block_scores(q, summaries, score).masked_fill(b == own, math.inf).masked_fill(b > own, -math.inf)
+    return scores.topk(min(topk, len(b))).indices
+
+
+def attention_topk(q, k_rec, v_rec, dilation, window, sinks, block, topk, score="mean", rows=128):
+    """Attention over the topk best blocks and what `allowed` grants, of the last T of n positions: all of them, or a chunk.
+
+    q: (B, h, T, Dh); k_rec, v_rec: (B, h, n, Dh), n >= T, after RoPE. Returns (B, h, T, Dh), differentiable. Dense in arithmetic
+    and, by its masks, in memory: `rows` queries at a time score all keys before them. What it saves, decoding saves.
+    """
+    n, y, span = k_rec.shape[2], [], (dilation, window, sinks)
+    block = min(block, n)                                          # a larger one holds no more, but would be padded
+    summaries = block_summaries(F.pad(k_rec.detach(), (0, 0, 0, -n % block)), block, score)
+    for q_rows, t in zip(q.split(rows, dim=2), range(n - q.shape[2], n, rows)):
+        end = t + q_rows.shape[2]
+        t, p = torch.arange(t, end, device=q.device)[:, None], torch.arange(end, device=q.device)
+        chosen = choose_blocks(q_rows, summaries, t, block, topk, score)
+        taken = chosen.new_zeros(*chosen.shape[:-1], summaries.shape[2], dtype=torch.bool).scatter_(-1, chosen, True)
+        mask = (p <= t) & taken[..., p // block] | allowed(t, p, *span)                             # (B, h, rows, end)
+        y.append(F.scaled_dot_product_attention(q_rows, k_rec[:, :, :end], v_rec[:, :, :end], attn_mask=mask))
+    return torch.cat(y, dim=2)
+
+
+def decode_topk(y, x, state, rope, k_cache, v_cache, summaries, length, dilation, window, sinks, block, topk, score):
+    """`decode` with top-k blocks. k_cache, v_cache: (B, h, n block, Dh), every position in its place, as any block may be
+    chosen later; summaries: theirs, (B, h, n, ..). Reads those, the chosen blocks and what `allowed` grants. Shapes are the
+    same at every length, for CUDA graphs: for what is not there yet the new key is read once more, and masked.
+    """
+    span, (o, q, k, v) = (dilation, window, sinks), new_token(x, state, rope)
+    k_cache.index_copy_(2, length, k), v_cache.index_copy_(2, length, v)
+    chosen = choose_blocks(q, summaries, length, block, topk, score).transpose(2, 3)                # (B, h, K, 1)
+    p = (chosen * block + torch.arange(block, device=q.device)).flatten(2)
+    granted = positions(length, window + sinks + (k_cache.shape[2] // dilation if dilation else 0), *span)
+    granted = torch.where((granted // block == chosen).any(2), FUTURE, granted)                     # once is enough
+    p = torch.cat((p, granted), dim=2)                                                              # (B, h, keys)
+    at = p.minimum(length)[..., None]
+    k, v = (torch.take_along_dim(held, at, 2) for held in (k_cache, v_cache))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(p <= length)[:, :, None])
+    y.copy_(torch.sigmoid(o) * attended[:, :, 0])
+    summaries.index_copy_(2, length // block, block_summaries(k[:, :, :block], block, score))       # right once the block is full
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ stretch that ends at p, so attention may skip most positions: keep every D-th an
   k~_t = a_t * k~_{t-1} + (1 - a_t) * k_t        a_t = sigmoid(g_t); the same decay for v~         (2)
   y_t  = sum over allowed p of softmax_p(RoPE(q)_t . RoPE(k~)_p / sqrt(Dh)) v~_p     per head      (3)
   allowed: p <= t and ((p + 1) mod D == 0 or t - p <= W or p < S)                                  (4)
+           or, with top-k blocks, p in one of the K blocks of N positions that suit q_t best
   x    = x + out_proj(sigmoid(o) * y)            then  x = x + fc2(gelu(fc1(RMSNorm(x))))          (5)
 
   code              shape            paper
@@ -17,6 +18,7 @@ stretch that ends at p, so attention may skip most positions: keep every D-th an
   k_rec, v_rec      (B, T, C)        k~, v~: after it; (B, H, T, Dh) in attention, H heads of width Dh
   dilation          D                dilation; the authors' "-1" (none) is 0 here
   window, sinks     W, S             local_size, initial_size
+  block, topk       N, K             block size, k of top-k
   pattern           Pattern          "attention pattern"; a model has none, each call names one
 
 Read on: Pattern (which positions), Mixing (equations 1-5), Cache (what decoding keeps), RATPlus, checkpoints.
@@ -28,15 +30,15 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (allowed, attention, attention_chunk, decode, keys_per_query, on_grid, positions, recurrence, rotate,
-                     slot_of, triton)
+from kernels import (SCORES, allowed, attention, attention_chunk, attention_topk, block_summaries, count_keys, decode,
+                     decode_topk, keys_per_query, on_grid, positions, recurrence, rotate, slot_of, triton)
 
 # ---------------------------------------------------------------------------------------------
 # Patterns: who may attend to whom
@@ -50,6 +52,7 @@ class Rule:
     sinks: int = 0
     block: int = 0
     topk: int = 0
+    score: str = "mean"                                            # of blocks, one of kernels.SCORES
 
     def __str__(self):
         fields = zip("DWSNK", (self.dilation, self.window, self.sinks, self.block, self.topk))
@@ -57,24 +60,35 @@ class Rule:
 
     @property
     def span(self):
-        """(dilation, window, sinks), the arguments of `allowed` and `attention`. ValueError for top-k."""
-        if self.topk:
-            raise ValueError(f"pattern '{self}': top-k blocks follow the data, so they have no fixed mask, "
-                             "and the model does not compute them yet. A right one is D16W256S4")
+        """(dilation, window, sinks), the arguments of `allowed` and `attention`: all of a pattern but its top-k blocks."""
         return self.dilation, self.window, self.sinks
+
+    @property
+    def sizes(self):
+        """`span`, block, topk, as `attention_topk` and `count_keys` take them; 1, 1 where there are no top-k blocks."""
+        return *self.span, self.block or 1, self.topk or 1
+
+    def attend(self, q, k_rec, v_rec):
+        """Equation (3) under this rule. q, k_rec, v_rec: (B, h, T, Dh), after RoPE."""
+        if self.topk:
+            return attention_topk(q, k_rec, v_rec, *self.sizes, self.score)
+        return attention(q, k_rec, v_rec, *self.span)
 
 
 @dataclass(frozen=True)
 class Pattern:
     """A rule per layer and head group, layers[i][j]: layers cycle through the outer tuple, heads split evenly.
 
-    Written as text: D16, D16W256S4, W1024S4, D1,D64 (layers alternate), D1/D64 (half the heads each).
+    Written as text: D16, D16W256S4, W1024S4, D1,D64 (layers alternate), D1/D64 (half the heads each), D64N64K8.
     """
     layers: tuple
 
     @staticmethod
-    def parse(text):
-        """The Pattern that `text` spells; a Pattern is passed through. ValueError in one line for anything else."""
+    def parse(text, score="mean"):
+        """The Pattern that `text` spells; a Pattern is passed through. ValueError in one line for anything else.
+
+        score: how top-k blocks are scored, one of SCORES. It is no part of the text, and other patterns forget it.
+        """
         def rule(part):
             match = re.fullmatch("".join(f"(?:{letter}([0-9]{{1,9}}))?" for letter in "DWSNK"), part)
             value = {letter: int(digits) for letter, digits in zip("DWSNK", match.groups()) if digits} if match else {}
@@ -84,11 +98,13 @@ class Pattern:
                 refuse("D, N and K start at 1 (no dilated positions: leave D out)")
             if ("N" in value) != ("K" in value):
                 refuse("N (block size) and K (how many blocks) go together")
-            return Rule(*(value.get(letter, 0) for letter in "DWSNK"))
+            return Rule(*(value.get(letter, 0) for letter in "DWSNK"), **{"score": score} if "K" in value else {})
 
         def refuse(why):
             raise ValueError(f"pattern {text!r}: {why}. A right one is D16W256S4, W1024S4, D1,D64 or D1/D64")
 
+        if score not in SCORES:
+            raise ValueError(f"score {score!r}: top-k blocks are scored by one of {', '.join(SCORES)}")
         if isinstance(text, Pattern):
             return text
         if not isinstance(text, str):
@@ -107,8 +123,6 @@ class Pattern:
             if config.n_head % len(rules):
                 raise ValueError(f"pattern '{self}': {len(rules)} head groups do not divide {config.n_head} heads. "
                                  "A right one is D1/D64")
-            for rule in rules:
-                rule.span                                          # refuses top-k
         return self
 
     def groups(self, layer, n_head):
@@ -119,12 +133,15 @@ class Pattern:
 
     def mask(self, T, layer=0, group=0):
         """(T, T) bool, True where the query (row) may attend to the key (column): `allowed`. ValueError for top-k."""
-        t = torch.arange(T)
-        return allowed(t[:, None], t, *self.layers[layer % len(self.layers)][group].span)
+        t, rule = torch.arange(T), self.layers[layer % len(self.layers)][group]
+        if rule.topk:
+            raise ValueError(f"pattern '{self}': top-k blocks follow the data, so they have no fixed mask. "
+                             "A right one is D16W256S4")
+        return allowed(t[:, None], t, *rule.span)
 
     def keys_per_token(self, config, T):
-        """Mean number of keys per query in a window of T tokens, over positions, layers and heads."""
-        total = sum(keys_per_query(T, *rule.span) * (heads.stop - heads.start)
+        """Mean number of keys per query in a window of T tokens, over positions, layers and heads. Top-k: see `count_keys`."""
+        total = sum(keys_per_query(T, *rule.sizes) * (heads.stop - heads.start)
                     for i in range(config.n_layer) for rule, heads in self.groups(i, config.n_head))
         return total / (config.n_layer * config.n_head)
 
@@ -201,7 +218,7 @@ class Mixing(nn.Module):
         if cache and T == 1:                                                             # (2) to (5) in one
             x, state, y = x.view(B, -1, H, C // H), cache.state[i].view(2, B, H, -1), x.new_empty(B, H, C // H)
             for held, (_, heads) in zip(cache.groups[i], groups):
-                decode(y[:, heads], x[:, :, heads], state[:, :, heads], rope, held.k, held.v, cache.seen, *held.span)
+                held.step(y[:, heads], x[:, :, heads], state[:, :, heads], rope, cache.seen)
             return self.out_proj(y.view(B, 1, C))
         o, q, k_rec, v_rec, *g = x.split(C, dim=-1)
         if self.config.recurrence:                                                       # (2)
@@ -213,7 +230,7 @@ class Mixing(nn.Module):
         y = []
         for j, (rule, heads) in enumerate(groups):                                       # (3), (4)
             qkv = q[:, heads], k_rec[:, heads], v_rec[:, heads]                          # (B, heads, T, Dh)
-            y.append(cache.groups[i][j].attend(*qkv, cache.length) if cache else attention(*qkv, *rule.span))
+            y.append(cache.groups[i][j].attend(*qkv, cache.length) if cache else rule.attend(*qkv))
         y = (y[0] if len(y) == 1 else torch.cat(y, dim=1)).transpose(1, 2).reshape(B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                                       # (5)
 
@@ -240,11 +257,28 @@ class Block(nn.Module):
 class GroupCache:
     """Keys (after RoPE) and values of one head group of one layer: k, v (B, heads, slots, Dh), the slots as `positions` says."""
 
-    def __init__(self, span, batch, heads, Dh, max_len, dtype, device):
-        dilation, window, sinks = span if span[0] != 1 else (1, 0, 0)                    # D1: all are on the grid
-        self.span = dilation, min(window, max_len), min(sinks, max_len)
+    def __init__(self, rule, batch, heads, Dh, max_len, dtype, device):
+        dilation, window, sinks = rule.span if rule.dilation != 1 else (1, 0, 0)         # D1: all are on the grid
+        self.rule, self.span = rule, (dilation, min(window, max_len), min(sinks, max_len))
         slots = sum(self.span[1:]) + (max_len // dilation if dilation else 0)
         self.k, self.v = (torch.zeros(batch, heads, slots, Dh, dtype=dtype, device=device) for _ in "kv")
+
+    @property
+    def tensors(self):
+        """All that is allocated."""
+        return [self.k, self.v]
+
+    def held(self, seen):
+        """How many positions are held after `seen` tokens."""
+        return int(allowed(seen, positions(seen, self.k.shape[2], *self.span), *self.span).sum())
+
+    def read(self, t):
+        """Bytes that a step at position t reads of this, as a mean over an int64 CPU tensor of positions."""
+        return (count_keys(t, *self.rule.sizes) - 1).mean().item() * 2 * self.k[:, :, :1].nbytes       # not its own key
+
+    def step(self, y, x, state, rope, seen):
+        """`kernels.decode` of one token."""
+        decode(y, x, state, rope, self.k, self.v, seen, *self.span)
 
     def attend(self, q, k_rec, v_rec, start):
         """Attention of T tokens from position `start` on over themselves and what is held; they are kept as far as needed.
@@ -271,6 +305,36 @@ class GroupCache:
         return attention(q, k_rec, v_rec, *self.span)
 
 
+class TopkCache(GroupCache):
+    """The same with top-k blocks. Any block may be chosen later, so all positions are held, in order, as for D1; few are read.
+
+    summaries: of all blocks, (B, heads, blocks, Dh), or 2 Dh for minmax, in the keys' dtype; for `last` a view of the keys.
+    """
+
+    def __init__(self, rule, batch, heads, Dh, max_len, dtype, device):
+        block = min(rule.block, max_len)
+        super().__init__(Rule(dilation=1), batch, heads, Dh, -(-max_len // block) * block, dtype, device)
+        self.rule = replace(rule, block=block, window=min(rule.window, max_len), sinks=min(rule.sinks, max_len))
+        self.summaries = block_summaries(self.k, block, rule.score)
+
+    @property
+    def tensors(self):
+        return [self.k, self.v] + [self.summaries] * (self.rule.score != "last")
+
+    def read(self, t):
+        return super().read(t) + (t // self.rule.block).double().mean().item() * self.summaries[:, :, :1].nbytes
+
+    def step(self, y, x, state, rope, seen):
+        decode_topk(y, x, state, rope, self.k, self.v, self.summaries, seen, *self.rule.sizes, self.rule.score)
+
+    def attend(self, q, k_rec, v_rec, start):
+        end, block = start + q.shape[2], self.rule.block
+        self.k[:, :, start:end], self.v[:, :, start:end] = k_rec, v_rec
+        first, last = start // block, -(-end // block)
+        self.summaries[:, :, first:last] = block_summaries(self.k[:, :, first * block:last * block], block, self.rule.score)
+        return self.rule.attend(q, self.k[:, :, :end], self.v[:, :, :end])
+
+
 class Cache:
     """What decoding keeps: RATPlus.new_cache makes it, prefill and step fill it, up to max_len tokens.
 
@@ -282,7 +346,8 @@ class Cache:
         self.pattern, self.batch, self.max_len, self.length = pattern, batch, max_len, 0
         self.seen = torch.zeros(1, dtype=torch.long, device=device)
         Dh, layers = config.n_embd // config.n_head, range(config.n_layer)
-        self.groups = [[GroupCache(rule.span, batch, heads.stop - heads.start, Dh, max_len, dtype, device)
+        self.groups = [[(TopkCache if rule.topk else GroupCache)(rule, batch, heads.stop - heads.start, Dh, max_len, dtype,
+                                                                 device)
                         for rule, heads in pattern.groups(i, config.n_head)] for i in layers]
         self.state = [torch.zeros(2, batch, config.n_embd * config.recurrence, device=device) for _ in layers]
 
@@ -293,17 +358,17 @@ class Cache:
 
     @property
     def nbytes(self):
-        """Bytes of all keys, values and states, as allocated."""
-        groups = [group for layer in self.groups for group in layer]
-        return sum(z.nbytes for z in [*self.state, *(group.k for group in groups), *(group.v for group in groups)])
+        """Bytes of all keys, values, summaries and states, as allocated."""
+        return sum(z.nbytes for z in [*self.state, *(z for layer in self.groups for group in layer for z in group.tensors)])
 
     @property
     def slots(self):
         """slots[layer][group]: how many positions are held now."""
-        def held(group):
-            p = positions(self.seen, group.k.shape[2], *group.span)
-            return int(allowed(self.seen, p, *group.span).sum())
-        return [[held(group) for group in layer] for layer in self.groups]
+        return [[group.held(self.seen) for group in layer] for layer in self.groups]
+
+    def read(self, t):
+        """Bytes of it that a step at position t reads, states included, as a mean over an int64 CPU tensor of positions."""
+        return sum(z.nbytes for z in self.state) + sum(group.read(t) for layer in self.groups for group in layer)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -359,7 +424,7 @@ class RATPlus(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def hidden(self, idx, pattern, cache=None):
-        """(B, T) int -> (B, T, C): everything but the last norm and the output head. With a cache, idx continues what it has seen."""
+        """(B, T) int -> (B, T, C): all but the last norm and the output head. With a cache, idx continues what it has seen."""
         t = torch.arange(idx.shape[1], device=idx.device) + (cache.seen if cache else 0)
         rope = rope_angles(t, self.config.n_embd // self.config.n_head)
         x = self.embed(idx)

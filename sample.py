@@ -4,10 +4,11 @@ Sparse inference: a prompt in, text out as it is generated, dense or under any p
 Prefill runs the prompt in parallel and fills the cache; each step then adds one token to it. With dilation D the cache
 holds every D-th position only, so its bytes and the keys read per token fall D times. A step has to read, at the least,
 
-  bytes = weights, once for the whole batch  +  batch * (slots held * 2 * C * 2 in bf16, and the recurrent state)
+  bytes = weights, once for the whole batch  +  batch * (keys * 2 * C * 2 in bf16, and the recurrent state)
 
 so one sequence is bound by the weights and gains little, while a large batch is bound by the cache, and a small cache makes
-room for a large batch: that is where the speed is.
+room for a large batch: that is where the speed is. The keys are all that is held; with top-k blocks, which hold every position,
+they are those of the chosen blocks, and the blocks' summaries come on top.
 
 `python sample.py --pattern D16 --prompt "def "` takes out/D16.pt if there is one, else out/dense.pt with a warning.
 `python sample.py --bench --preset paper-1.5b --contexts 4096 16384` prints a Markdown table, dense first.
@@ -45,7 +46,7 @@ class SampleConfig(Common):
 def sample(config):
     if len(config.pattern) > 1:
         raise ValueError(f"--pattern {' '.join(config.pattern)}: several patterns are for --bench, text takes one")
-    pattern = Pattern.parse(config.pattern[0] if config.pattern else "D1")
+    pattern = Pattern.parse(config.pattern[0] if config.pattern else "D1", config.score)
     path = config.checkpoint or file_of(pattern, config.out)
     if not config.checkpoint and not os.path.exists(path):
         path = os.path.join(config.out, "dense.pt")
@@ -117,14 +118,6 @@ def fit_batch(model, max_len, pattern, config):
     return int(max(1, min(most, (free_memory(config.device) - 2**30) // each)))
 
 
-def bytes_read(model, cache):
-    """Bytes that one step has to read: weights, keys and values in use, the recurrent state (read and written)."""
-    size = sum(p.nbytes for p in model.parameters()) + 2 * sum(state.nbytes for state in cache.state)
-    for slots, groups in zip(cache.slots, cache.groups):
-        size += sum(2 * n * group.k[:, :, :1].nbytes for n, group in zip(slots, groups))
-    return size
-
-
 @torch.no_grad()
 def measure(model, context, pattern, batch, random, config):
     """A row of the table, in seconds and bytes: the second of two prefills, or a cache filled at random; then greedy decoding."""
@@ -134,7 +127,8 @@ def measure(model, context, pattern, batch, random, config):
     cache, warm_up, prefill = model.new_cache(batch, max_len, pattern), 0.0, None
     if random:
         for group in (group for groups in cache.groups for group in groups):
-            group.k.normal_(), group.v.normal_()
+            for z in group.tensors:
+                z.normal_()
         cache.length, logits = context, torch.randn(batch, model.config.vocab_size, device=device)
         cache.seen.fill_(context)
     else:
@@ -146,10 +140,11 @@ def measure(model, context, pattern, batch, random, config):
     tokens = model.decode(logits, cache, temperature=0)
     warm_up += seconds(lambda: (next(tokens), next(tokens)), device)[0]
     capture, _ = seconds(lambda: next(tokens), device)             # with the first replay; without a GPU just a step
-    first = bytes_read(model, cache)
+    first = cache.length
     step = seconds(lambda: [next(tokens) for _ in range(config.tokens)], device)[0] / config.tokens
-    read, peak = (first + bytes_read(model, cache)) / 2 / step, torch.cuda.max_memory_allocated(device) if cuda else None
-    return SimpleNamespace(batch=batch, prefill=prefill, step=step, cache=cache.nbytes, read=read, peak=peak,
+    read, peak = cache.read(torch.arange(first, cache.length)), torch.cuda.max_memory_allocated(device) if cuda else None
+    moved = read + sum(z.nbytes for z in (*model.parameters(), *cache.state))                      # the states are written too
+    return SimpleNamespace(batch=batch, prefill=prefill, step=step, cache=cache.nbytes, read=read, rate=moved / step, peak=peak,
                            warm_up=warm_up, capture=capture)
 
 
@@ -176,17 +171,17 @@ def bench(config):
         with torch.device(device):
             model = RATPlus(RATConfig(vocab_size=32000, **PRESETS[config.preset])).eval()
     model.to(getattr(torch, config.dtype))
-    patterns = [Pattern.parse(pattern).fit(model.config) for pattern in config.pattern or ("D16", "D64", "D16W256S4")]
-    patterns = dict.fromkeys([Pattern.parse("D1"), *patterns])
+    texts = "D1", *(config.pattern or ("D16", "D64", "D16W256S4"))
+    patterns = dict.fromkeys(Pattern.parse(text, config.score).fit(model.config) for text in texts)
     header(model, config)
     copy, weights = copy_bandwidth(device), sum(p.nbytes for p in model.parameters())
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no GPU"
     print(f"{config.checkpoint or config.preset + ', random weights'} | {gpu} | a copy moves {copy / 1e9:.0f} GB/s, reading the "
           f"weights at that takes {1e3 * weights / copy:.2f} ms\n{config.tokens} tokens are decoded greedily; prefill 'random': "
-          "the cache is filled with random values instead\nGB/s: weights, keys, values and states in use, per step; warm-up and "
-          "capture of the CUDA graph are in no other figure\n\n"
-          "| context | pattern | batch | prefill ms | ms per step | tok/s | of dense | cache MB | peak MB | GB/s | of copy "
-          "| warm-up s | capture ms |\n" + "|---" * 13 + "|", flush=True)
+          "the cache is filled with random values instead\nread: of the cache, per step; GB/s: that, the weights and the states "
+          "written; warm-up and capture of the CUDA graph are in no other figure\n\n"
+          "| context | pattern | batch | prefill ms | ms per step | tok/s | of dense | cache MB | read MB | peak MB | GB/s "
+          "| of copy | warm-up s | capture ms |\n" + "|---" * 14 + "|", flush=True)
     for context in contexts:
         dense = {}                                                 # tok/s of D1, the first pattern: at batch 1 and at the largest
         for pattern in patterns:
@@ -194,15 +189,16 @@ def bench(config):
                 batch = fit_batch(model, context + config.tokens + 2, pattern, config) if random else 1
                 found = measure_fitting(model, context, pattern, batch, random, config)
                 if not found:
-                    print(f"| {context} | {pattern} | 1 | out of memory |" + " |" * 9, flush=True)
+                    print(f"| {context} | {pattern} | 1 | out of memory |" + " |" * 10, flush=True)
                     continue
                 speed = found.batch / found.step
                 if str(pattern) == "D1":
                     dense[random] = speed
                 cells = (context, pattern, found.batch, "random" if random else f"{1e3 * found.prefill:.1f}",
                          f"{1e3 * found.step:.3f}", f"{speed:.0f}", f"{speed / dense[random]:.2f}x" if random in dense else "-",
-                         f"{found.cache / 1e6:.1f}", f"{found.peak / 1e6:.0f}" if found.peak else "-", f"{found.read / 1e9:.1f}",
-                         f"{found.read / copy:.0%}", f"{found.warm_up:.2f}", f"{1e3 * found.capture:.0f}")
+                         f"{found.cache / 1e6:.1f}", f"{found.read / 1e6:.1f}", f"{found.peak / 1e6:.0f}" if found.peak else "-",
+                         f"{found.rate / 1e9:.1f}", f"{found.rate / copy:.0%}", f"{found.warm_up:.2f}",
+                         f"{1e3 * found.capture:.0f}")
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

@@ -362,6 +362,7 @@ class Common:
     device: str | None = flag(None, "cpu, cuda, cuda:1 ...; default: cuda if there is one")
     dtype: str | None = flag(None, "default: bfloat16 on cuda, else float32", choices=("float32", "bfloat16"))
     seed: int = flag(0, "of the weights, of random offsets and of sampling")
+    score: str = flag("mean", "how the queries of top-k patterns (N64K16) score a block, see kernels.py", choices=kernels.SCORES)
 
     def __post_init__(self):
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -588,7 +589,7 @@ def main():
     shape = RATConfig(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.recurrence)
     if config.resume and shape != model.config:
         raise ValueError(f"{path} holds {model.config}, the flags ask for {shape}")
-    passes = [Pattern.parse(pattern).fit(shape) for pattern in (config.arl, "D1") if pattern != "none"]
+    passes = [Pattern.parse(pattern, config.score).fit(shape) for pattern in (config.arl, "D1") if pattern != "none"]
     os.makedirs(config.out, exist_ok=True)
     torch.manual_seed(config.seed)
     if not config.resume:

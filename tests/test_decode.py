@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-from kernels import allowed, positions, relative_error
+import kernels
+from kernels import SCORES, allowed, positions, relative_error
 from model import Pattern, choose
-from test_model import random_pattern, tiny
+from test_model import TOPK, random_pattern, tiny
 
 
 def decode(model, idx, pattern, pieces, max_len=None):
@@ -39,6 +40,66 @@ def test_decode_matches_forward(seed):
         error = relative_error(step, parallel[:, t])
         assert error < 1e-5, f"{pattern}, T {T}, position {t}: relative error {error:.1e}"
     assert cache.length == T
+
+
+@pytest.mark.parametrize("pattern", TOPK)
+@pytest.mark.parametrize("score", SCORES)
+def test_decode_with_topk_blocks_matches_forward(pattern, score):
+    """The cached summaries choose as those of the parallel pass do, however the text was cut, in the middle of a block too."""
+    rng, pattern = random.Random(pattern + score), Pattern.parse(pattern, score)
+    T = rng.randint(60, 110)
+    model, idx = tiny(recurrence=rng.random() < 0.7, seed=T), torch.randint(50, (2, T))
+    with torch.no_grad():
+        parallel = model(idx, pattern=pattern)
+    for pieces in (pieces_of(T, rng), (1,) * T):
+        logits, cache = decode(model, idx, pattern, pieces, max_len=T + rng.randint(0, 20))
+        for t, step in logits.items():
+            error = relative_error(step, parallel[:, t])
+            assert error < 1e-5, f"{pattern} {score}, T {T}, position {t}: relative error {error:.1e}"
+    rules = [rule for i in range(2) for rule, _ in pattern.groups(i, 4)]
+    assert all(slots == T for slots, rule in zip(itertools.chain(*cache.slots), rules) if rule.topk), "all are held"
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_topk_in_bfloat16_chooses_the_same_blocks_in_decoding(score):
+    model, idx, pattern = tiny().bfloat16(), torch.randint(50, (2, 90)), Pattern.parse("D8N8K3", score)
+    with torch.no_grad():
+        parallel = model(idx, pattern=pattern)
+    _, whole = decode(model, idx, pattern, (90,))
+    logits, cache = decode(model, idx, pattern, (20, *(1,) * 70))
+    for a, b in zip(whole.groups[0], cache.groups[0]):          # the first layer, where nothing else has been rounded
+        assert b.summaries.dtype == torch.bfloat16 and a.summaries[:, :, :11].equal(b.summaries[:, :, :11])
+    assert relative_error(logits[89], parallel[:, 89]) < 0.05
+
+
+def test_a_step_reads_the_chosen_blocks_and_no_other_key(monkeypatch):
+    """With NaN in all keys and values that its attention should not take, a step is the same: the summaries stand for them."""
+    chosen, choose_blocks, pattern = [], kernels.choose_blocks, Pattern.parse("D8N8K3")
+    model, idx = tiny(n_layer=1), torch.randint(50, (2, 60))
+    (_, cache), (_, other) = (decode(model, idx, pattern, (59,), max_len=70) for _ in range(2))
+    monkeypatch.setattr(kernels, "choose_blocks", lambda *args: chosen.append(choose_blocks(*args)) or chosen[0])
+    expected = model.step(idx[:, 59], cache)
+    group, p = other.groups[0][0], torch.arange(72)
+    taken = (p // 8 == chosen[0].transpose(2, 3)).any(2) | ((p + 1) % 8 == 0)                       # (B, h, positions)
+    unread = ~taken | (p > 59)
+    group.k[unread], group.v[unread] = torch.nan, torch.nan
+    assert (~unread).sum() == 2 * 4 * (4 + 2 * 8 + 5) and model.step(idx[:, 59], other).equal(expected)
+
+
+def test_bytes_held_and_read_with_topk_blocks():
+    """N8K3 after 96 tokens: all keys are held; a query at 95 reads 3 blocks, less its own key, and 11 summaries."""
+    for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
+        model, row, state = tiny().to(dtype), 3 * 2 * 32 * width, 3 * 2 * 2 * 32 * 4    # of all sequences, layers, heads
+        for score, n in (("mean", 1), ("minmax", 2), ("last", 0)):
+            for pattern, keys in (("N8K3", 24), ("D8N8K3", 24 + 9), ("D8W3S2N8K12", 96)):
+                cache = model.new_cache(3, 96, Pattern.parse(pattern, score))
+                assert cache.nbytes == 2 * 96 * row + 12 * n * row + state, "of `last` nothing is held but the keys"
+                assert cache.read(torch.tensor([95])) == 2 * (keys - 1) * row + 11 * max(n, 1) * row + state
+                assert model.new_cache(3, 96, cache.pattern, device="meta").nbytes == cache.nbytes
+    for pattern, held in (("D1", 95), ("D4W3S2", 23 + 3 + 2), ("W5S1", 6)):
+        cache = model.new_cache(3, 96, pattern)
+        model.prefill(torch.randint(50, (3, 95)), cache)
+        assert cache.slots == [[held]] * 2 and cache.read(torch.tensor([95])) == 2 * held * row + state, "all that is held"
 
 
 @pytest.mark.parametrize("pattern, slots", [("D4", 24), ("D16W10S4", 19), ("D8W5", 16), ("D64", 1), ("W12S4", 16),
@@ -132,7 +193,7 @@ def test_many_steps_leave_the_state_finite_and_the_cache_within_its_size():
 def test_the_position_is_read_on_the_device():
     """A step looks at cache.seen alone, so that a recorded step may be replayed: the host's count is only for max_len."""
     model, idx = tiny(), torch.randint(50, (2, 40))
-    for pattern in ("D1", "D4W3S2"):
+    for pattern in ("D1", "D4W3S2", "D8N8K3"):
         _, cache = decode(model, idx, pattern, (39,), max_len=50)
         cache.length = 7
         with torch.no_grad():
@@ -162,7 +223,7 @@ def test_prefill_refuses_other_shapes(shape):
         tiny().prefill(torch.zeros(shape, dtype=torch.long), tiny().new_cache(1, 8))
 
 
-@pytest.mark.parametrize("pattern", ["D1", "D4W3S2", "W5S1", "D1/D8,D4"])
+@pytest.mark.parametrize("pattern", ["D1", "D4W3S2", "W5S1", "D1/D8,D4", "D1/D4N4K3,N8K2"])
 def test_greedy_generation_is_the_argmax_of_the_parallel_pass(pattern):
     model, idx = tiny(), torch.randint(50, (3, 7))
     out = model.generate(idx, 25, pattern=pattern, temperature=0)
@@ -247,7 +308,7 @@ def on_gpu(dtype=torch.float32):
 
 
 @gpu
-@pytest.mark.parametrize("pattern", ["D1", "D16", "D4W10S3", "D1/D8,W20S4"])
+@pytest.mark.parametrize("pattern", ["D1", "D16", "D4W10S3", "D1/D8,W20S4", "D1/D16N16K3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replaying_the_graph_is_stepping(pattern, dtype):
     model, idx = on_gpu(dtype), torch.randint(300, (3, 37), device="cuda")

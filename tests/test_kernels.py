@@ -1,12 +1,14 @@
-"""The two operations against float64 loops: outputs and every gradient, by name."""
+"""The operations against loops: outputs and every gradient, by name."""
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import (allowed, attention, attention_at, attention_ref, check, compare, recurrence, recurrence_flat,
-                     recurrence_ref, relative_error)
+from kernels import (SCORES, allowed, attention, attention_at, attention_ref, attention_topk, block_scores, block_summaries,
+                     check, choose_blocks, compare, count_keys, keys_per_query, recurrence, recurrence_flat, recurrence_ref,
+                     relative_error)
 
 PATTERNS = [(1, 0, 0), (1, 9, 3), (4, 0, 0), (16, 0, 0), (7, 5, 3), (64, 16, 4), (0, 12, 4), (0, 0, 0), (0, 0, 5),
             (500, 0, 0), (3, 400, 0), (5, 2, 400)]              # D > T, W >= T and S > T among them
@@ -130,3 +132,124 @@ def test_attention_at_takes_keys_in_any_order():
     order = torch.randperm(50)
     y = attention_at(q[:, :, 30:], k[:, :, order], v[:, :, order], torch.arange(30, 50), order, 8, 5, 2)
     assert relative_error(y, attention(q, k, v, 8, 5, 2)[:, :, 30:]) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------
+# Top-k blocks
+
+TOPK = [(0, 0, 0, 8, 3), (8, 0, 0, 8, 3), (4, 0, 0, 8, 2), (16, 0, 0, 8, 2), (0, 5, 2, 8, 2), (5, 3, 9, 7, 4), (0, 0, 0, 1, 4),
+        (0, 0, 0, 64, 1), (3, 20, 0, 4, 2)]                       # dilation, window, sinks, block, topk
+
+
+def score_loop(q, keys, score):
+    """The score of one block, keys (N, Dh), for q (Dh,): a loop over channels."""
+    if score == "last":
+        return sum(q[c] * keys[-1, c] for c in range(len(q)))
+    if score == "mean":
+        return sum(q[c] * sum(keys[:, c]) / len(keys) for c in range(len(q)))
+    return sum(max(q[c] * max(keys[:, c]), q[c] * min(keys[:, c])) for c in range(len(q)))
+
+
+def topk_mask_loop(q, k, dilation, window, sinks, block, topk, score):
+    """(T, T) bool of one head: what each query attends to, block by block as the definition says it."""
+    T = len(q)
+    mask = torch.zeros(T, T, dtype=torch.bool)
+    for t in range(T):
+        own = t // block
+        best = sorted(range(own), key=lambda b: -score_loop(q[t], k[b * block:(b + 1) * block], score))[:topk - 1]
+        for p in range(t + 1):
+            mask[t, p] = p // block in (own, *best) or allowed(torch.tensor(t), torch.tensor(p), dilation, window, sinks)
+    return mask
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_each_score_is_its_definition(score):
+    q, k = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 28, 6)
+    found = block_scores(q, block_summaries(k, 7, score), score)
+    assert found.shape == (2, 3, 5, 4) and found.dtype == torch.float32
+    for b, h, t, n in itertools.product(range(2), range(3), range(5), range(4)):
+        assert abs(found[b, h, t, n] - score_loop(q[b, h, t], k[b, h, 7 * n:7 * n + 7], score)) < 1e-5
+
+
+def test_scores_are_float32_whatever_the_keys_and_autocast_say():
+    q, k = torch.randn(2, 1, 2, 32, 64).bfloat16()
+    for score in SCORES:
+        summaries = block_summaries(k, 8, score)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = block_scores(q, summaries, score)
+        assert summaries.dtype == torch.bfloat16 and found.dtype == torch.float32
+        assert relative_error(found, block_scores(q.double(), summaries.double(), score)) < 1e-6
+    assert block_summaries(k, 8, "last").data_ptr() == k[:, :, 7].data_ptr(), "of the last key nothing more is held"
+
+
+@pytest.mark.parametrize("span", TOPK)
+@pytest.mark.parametrize("score", SCORES)
+def test_topk_attends_to_the_blocks_that_a_loop_chooses(span, score):
+    """The outputs and gradients are those of attention under the loop's mask: none flows through the choice."""
+    def mask(q, k):
+        heads = [[topk_mask_loop(q[b, h], k[b, h], *span, score) for h in range(2)] for b in range(2)]
+        return torch.stack([torch.stack(head) for head in heads])
+
+    def ref(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.detach().float(), k.detach().float())),
+
+    inputs = tuple(torch.randn(3, 2, 2, 45, 4))
+    def op(q, k, v):
+        return attention_topk(q, k, v, *span, score, rows=20),
+
+    for name, error in compare(op, ref, (("y",), "qkv"), inputs):
+        assert error < 1e-5, f"{span} {score}: {name} has relative error {error:.1e}"
+    q, k, v = inputs
+    chunk = attention_topk(q[:, :, 29:], k, v, *span, score)
+    assert relative_error(chunk, attention_topk(q, k, v, *span, score)[:, :, 29:]) < 1e-6, "a chunk that continues a sequence"
+
+
+def test_topk_gradients_by_finite_differences():
+    q, k, v = torch.randn(3, 1, 1, 14, 4, dtype=torch.float64).requires_grad_().unbind()
+    assert torch.autograd.gradcheck(lambda *qkv: attention_topk(*qkv, 4, 1, 1, 4, 2), (q, k, v))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_limits_of_topk_are_the_other_patterns(score):
+    q, k, v = torch.randn(3, 2, 3, 50, 8)
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for span in ((0, 0, 0, 8, 7), (0, 0, 0, 8, 10**9), (0, 0, 0, 1, 50), (0, 0, 0, 50, 1), (0, 0, 0, 10**9, 1), (1, 0, 0, 8, 2),
+                 (0, 49, 0, 8, 2), (0, 0, 50, 8, 2)):
+        error = relative_error(attention_topk(q, k, v, *span, score), dense)
+        assert error < 1e-6, f"{span} should be dense: relative error {error:.1e}"
+    assert relative_error(attention_topk(q, k, v, 0, 0, 0, 1, 1, score), v) < 1e-6, "N1K1: only itself"
+    for span in ((16, 0, 0), (0, 5, 3), (7, 2, 1)):
+        assert relative_error(attention_topk(q, k, v, *span, 1, 1, score), attention(q, k, v, *span)) < 1e-6
+    local = attention_topk(q, k, v, 0, 0, 0, 10, 1, score).unflatten(2, (5, 10))
+    blocks = F.scaled_dot_product_attention(*(z.unflatten(2, (5, 10)) for z in (q, k, v)), is_causal=True)
+    assert relative_error(local, blocks) < 1e-6, "K1: each block by itself"
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_choice_sees_no_future(score):
+    """Blocks that are not complete before a query's own are no candidates, nor is what comes after it."""
+    q, k, v = torch.randn(3, 1, 2, 64, 8)
+    before = attention_topk(q, k, v, 8, 0, 0, 8, 3, score)
+    for j in (1, 23, 24, 40, 63):
+        changed = [z.clone() for z in (q, k, v)]
+        for z in changed:
+            z[:, :, j:] += 10
+        after = attention_topk(*changed, 8, 0, 0, 8, 3, score)
+        assert after[:, :, :j].equal(before[:, :, :j]) and not after[:, :, j].equal(before[:, :, j])
+    chosen = choose_blocks(q, block_summaries(k, 8, score), torch.arange(64)[:, None], 8, 3, score)
+    assert (chosen[..., 0] == torch.arange(64) // 8).all(), "the own block comes first"
+    assert (chosen[:, :, 16:] <= torch.arange(16, 64)[:, None] // 8).all(), "with two blocks before it, none from after it"
+
+
+@pytest.mark.parametrize("span", TOPK + [(*span, 1, 1) for span in PATTERNS])
+def test_keys_are_counted_as_the_mean_over_all_choices(span):
+    dilation, window, sinks, block, topk = span
+    t, found = torch.arange(30), count_keys(torch.arange(30), *span)
+    for i in range(30):
+        past, p = i // block, torch.arange(i + 1)
+        granted = allowed(torch.tensor(i), p, dilation, window, sinks)
+        choices = itertools.combinations(range(past), min(topk - 1, past))
+        counts = [(granted | torch.isin(p // block, torch.tensor([past, *choice]))).sum().item() for choice in choices]
+        assert abs(found[i] - sum(counts) / len(counts)) < 1e-9, f"{span} at {i}"
+    assert keys_per_query(30, *span) == pytest.approx(found.mean().item())
+    assert count_keys(t[7:8], *span) == found[7]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import relative_error
+from kernels import SCORES, relative_error
 from model import AUTHORS_NAMES, PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, rope_angles, save_checkpoint
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
@@ -132,20 +132,53 @@ def test_no_future_leak(seed):
     assert not torch.equal(before[:, j:], after[:, j:])
 
 
+TOPK = ["N8K3", "D8N8K3", "D4W3S2N8K2", "W5N16K2", "D1,N16K4", "D1/N16K4", "D8/D16N8K2,N7K5/W3"]
+
+
+@pytest.mark.parametrize("pattern", TOPK)
+@pytest.mark.parametrize("score", SCORES)
+def test_topk_patterns_leak_no_future_and_train_every_weight(pattern, score):
+    model, pattern, idx = tiny(), Pattern.parse(pattern, score), torch.randint(50, (2, 70))
+    other = idx.clone()
+    other[:, 33] = (other[:, 33] + 1) % 50
+    with torch.no_grad():
+        before, after = model(idx, pattern=pattern), model(other, pattern=pattern)
+    assert before[:, :33].equal(after[:, :33]) and not before[:, 33:].equal(after[:, 33:])
+    model.loss(idx[:, :-1], idx[:, 1:], pattern=pattern).backward()
+    for name, p in model.named_parameters():
+        assert p.grad.isfinite().all() and p.grad.norm() > 0, name
+
+
+def test_topk_blocks_beyond_the_text_are_dense():
+    model, idx = tiny(), torch.randint(50, (2, 60))
+    dense = model(idx)
+    for score in SCORES:
+        for pattern in ("N8K8", "N1K60", "N60K1", "N999999999K999999999", "D1N4K2", "N8K8,D1/N20K3"):
+            assert relative_error(model(idx, pattern=Pattern.parse(pattern, score)), dense) < 1e-5, pattern
+        assert relative_error(model(idx, pattern=Pattern.parse("D4W2N1K1", score)), model(idx, pattern="D4W2")) < 1e-5
+
+
+def test_scores_choose_differently():
+    model, idx = tiny(), torch.randint(50, (1, 60))
+    logits = [model(idx, pattern=Pattern.parse("N4K3", score)) for score in SCORES]
+    assert all(relative_error(a, b) > 1e-3 for a, b in zip(logits, logits[1:] + logits[:1]))
+    assert model(idx, pattern="N4K3").equal(logits[0]), "the mean unless asked"
+
+
 def test_sparse_patterns_differ_from_dense():
     model, idx = tiny(recurrence=False), torch.randint(50, (1, 60))
-    logits = [model(idx, pattern=pattern) for pattern in ("D1", "D8", "W8S2", "D8W8S2", "D1,D8", "D1/D8")]
+    logits = [model(idx, pattern=pattern) for pattern in ("D1", "D8", "W8S2", "D8W8S2", "D1,D8", "D1/D8", "N8K3", "D8N8K3")]
     for i, a in enumerate(logits):
         for b in logits[:i]:
             assert relative_error(a, b) > 1e-3
 
 
 def test_hybrid_layers_and_heads_are_each_layer_and_head_by_itself():
-    """One layer's mixing under D1/D4/W3/D8S2 equals, head by head, the mixing under each rule alone."""
+    """One layer's mixing under D1/D4/N4K3/D8S2 equals, head by head, the mixing under each rule alone."""
     model, x = tiny(), torch.randn(2, 30, 32)
     mix, rope, seen = model.blocks[1].mix, rope_angles(torch.arange(30), 8), []
     hook = mix.out_proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].view(2, 30, 4, 8)))
-    for pattern in ("D1/D4/W3/D8S2", "D1", "D4", "W3", "D8S2"):
+    for pattern in ("D1/D4/N4K3/D8S2", "D1", "D4", "N4K3", "D8S2"):
         mix(x, rope, Pattern.parse(pattern).groups(1, 4))
     hook.remove()
     for head in range(4):
@@ -221,6 +254,14 @@ def test_patterns_have_one_canonical_text(text, canonical):
     assert str(Pattern.parse(text)) == canonical
 
 
+def test_the_score_is_no_part_of_the_text_and_of_topk_alone():
+    pattern = Pattern.parse("D16,N64K16", "last")
+    assert str(pattern) == "D16,N64K16" and [rules[0].score for rules in pattern.layers] == ["mean", "last"]
+    assert Pattern.parse("D16", "last") == Pattern.parse("D16") and pattern != Pattern.parse("D16,N64K16")
+    with pytest.raises(ValueError, match="score 'max': top-k blocks are scored by one of mean, minmax, last"):
+        Pattern.parse("N64K16", "max")
+
+
 def test_random_patterns_round_trip():
     rng = random.Random(0)
     for _ in range(200):
@@ -242,8 +283,7 @@ def test_malformed_patterns_are_refused_in_one_line(text):
 
 
 @pytest.mark.parametrize("pattern, reason", [("D1,D2,D4", "3 layers are named, the model has 2"),
-                                             ("D1/D2/D4", "3 head groups do not divide 4 heads"),
-                                             ("N64K16", "top-k"), ("D1,D4/D4N64K8", "top-k")])
+                                             ("D1/D2/D4", "3 head groups do not divide 4 heads")])
 def test_patterns_that_do_not_fit_the_model_are_refused(pattern, reason):
     model, idx = tiny(), torch.zeros(1, 4, dtype=torch.long)
     for call in (lambda: model(idx, pattern=pattern), lambda: model.new_cache(1, 8, pattern), lambda: model.generate(idx, 2, pattern)):
@@ -259,8 +299,8 @@ def test_mask_is_the_equation():
     hybrid = Pattern.parse("D1/D4,W3")
     assert hybrid.mask(9, layer=0, group=1).equal(Pattern.parse("D4").mask(9))
     assert hybrid.mask(9, layer=1).equal(Pattern.parse("W3").mask(9)) and hybrid.mask(9, layer=2).equal(Pattern.parse("D1").mask(9))
-    with pytest.raises(ValueError, match="top-k"):
-        Pattern.parse("N64K16").mask(9)
+    with pytest.raises(ValueError, match="top-k blocks follow the data"):
+        Pattern.parse("D64N64K16").mask(9)
 
 
 def test_model_py_draws_a_pattern():
@@ -268,8 +308,9 @@ def test_model_py_draws_a_pattern():
         return subprocess.run([sys.executable, ROOT / "model.py", *args], capture_output=True, text=True)
     drawn = draw("D4W1S2", "9")
     assert drawn.returncode == 0 and "   8 S S . D . . . D W" in drawn.stdout.splitlines()
-    wrong = draw("D-1")
-    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "D-1" in wrong.stderr
+    for pattern in ("D-1", "N4K2"):
+        wrong = draw(pattern)
+        assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and pattern in wrong.stderr
 
 
 # ---------------------------------------------------------------------------------------------

@@ -83,22 +83,30 @@ def test_train_adapt_eval_and_sample(tmp_path):
     assert meta["train"]["data"] == str(tmp_path / "text"), "absolute, so that it is found from anywhere"
     assert meta["step"] == 40 and meta["tokenizer"] == "bytes" and meta["train"]["arl"] == "D8" and meta["train"]["seed"] == 0
 
-    out = ok(script("adapt", "--pattern", "D4", "W2S1", "D8/D1", "--steps", 5, "--device", "cpu"))
+    out = ok(script("adapt", "--pattern", "D4", "W2S1", "D8/D1", "N4K2", "--score", "minmax", "--steps", 5, "--device", "cpu"))
     assert "| pattern | dense loss | sparse before | sparse after |" in out
-    assert sorted(path for path in os.listdir("out") if path.endswith(".pt")) == ["D4.pt", "D8_D1.pt", "W2S1.pt", "dense.pt"]
+    assert sorted(path for path in os.listdir("out") if path.endswith(".pt")) == ["D4.pt", "D8_D1.pt", "N4K2.pt", "W2S1.pt",
+                                                                                     "dense.pt"]
     assert load_checkpoint("out/D8_D1.pt")[1]["pattern"] == "D8/D1"
 
-    out = ok(script("eval", "--device", "cpu"))
+    out = ok(script("eval", "--score", "minmax", "--device", "cpu"))
     table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in out.splitlines() if line.startswith("| ")]
     rows = {tuple(cells[:2]): cells[2:] for cells in table}
-    assert set(rows) >= {("D1", "dense"), ("D4", "switched"), ("D4", "adapted"), ("D8/D1", "adapted"), ("W2S1", "adapted")}
+    assert set(rows) >= {("D1", "dense"), ("D4", "switched"), ("D4", "adapted"), ("D8/D1", "adapted"), ("N4K2", "adapted")}
     mask = Pattern.parse("D4").mask(16)
     assert rows["D1", "dense"][0] == "8.5" and rows["D4", "adapted"][0] == f"{mask.sum() / 16:.1f}"
-    assert rows["D1", "dense"][1] == "136 (100.0%)" and rows["D4", "adapted"][1] == "40 (29.4%)"       # (16 or 4 slots + the state) * 128 / 16
-    assert "```mermaid" in out and float(rows["D4", "adapted"][2]) < float(rows["D4", "switched"][2])
+    # 128 bytes are a key and a value, the state, or the two summaries of a block by minmax
+    assert rows["D1", "dense"][1] == "136 (100.0%)" and rows["D4", "adapted"][1] == "40 (29.4%)"    # (16 or 4 + 1) * 128 / 16
+    assert rows["D1", "dense"][2] == "1088 (100.0%)" and rows["D4", "adapted"][2] == "320 (29.4%)"  # (7.5 or 1.5 + 1) * 128
+    keys = np.mean([t % 4 + 1 + 4 * (t >= 4) for t in range(16)])                                   # its own block and one more
+    assert rows["N4K2", "adapted"][:2] == [f"{keys:.1f}", "168 (123.5%)"]                           # (16 + 4 + 1) * 128 / 16
+    assert rows["N4K2", "adapted"][2].startswith(f"{(keys - 1 + 1.5 + 1) * 128:.0f} ")              # 1.5 blocks are complete
+    assert "```mermaid" in out and float(rows["D4", "adapted"][3]) < float(rows["D4", "switched"][3])
 
     out = script("sample", "--pattern", "D4", "--prompt", "1 + 1", "--tokens", 8, "--device", "cpu")
     assert "1 + 1" in ok(out) and "tok/s" in out.stdout and "prefill 5 tokens" in out.stdout and out.stderr == ""
+    out = script("sample", "--pattern", "N4K2", "--score", "minmax", "--tokens", 8, "--device", "cpu")
+    assert "out/N4K2.pt with N4K2" in ok(out) and out.stderr == ""
     out = script("sample", "--pattern", "D16", "--tokens", 4, "--device", "cpu")
     assert ok(out) and out.stderr.count("was not adapted to D16") == 1 and out.stderr.count("\n") == 1
 
@@ -186,10 +194,13 @@ def test_sample_reads_the_authors_checkpoint_as_ids(capsys):
 
 
 def test_bench_measures_every_pattern_against_dense(capsys):
-    call("sample", "--bench", "--contexts", 8, 20, "--pattern", "D4", "D4W3/D1", "--tokens", 2, "--max-batch", 3, "--device", "cpu")
+    patterns, cost = ("D1", "D4", "D4W3/D1", "D4N4K2"), ("--contexts", 8, 20, "--tokens", 2, "--max-batch", 3)
+    call("sample", "--bench", "--pattern", *patterns[1:], "--score", "last", *cost, "--device", "cpu")
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [row[:3] for row in rows] == [[T, pattern, batch] for T in ("8", "20") for pattern in ("D1", "D4", "D4W3/D1") for batch in "13"]
-    assert all(len(row) == 13 and float(row[5]) > 0 and (row[3] == "random") == (row[2] == "3") for row in rows)
+    assert [row[:3] for row in rows] == [[T, pattern, batch] for T in ("8", "20") for pattern in patterns for batch in "13"]
+    assert all(len(row) == 14 and float(row[5]) > 0 and (row[3] == "random") == (row[2] == "3") for row in rows)
+    held, read = ([float(row[i]) for row in rows if row[1:3] == ["D4N4K2", "3"]] for i in (7, 8))
+    assert all(0 < b < a for a, b in zip(held, read))
     assert [row[6] for row in rows if row[1] == "D1"] == ["1.00x"] * 4
 
 
@@ -516,7 +527,7 @@ def test_bad_input_is_one_line(capsys, name, args, why):
     ("adapt", ["--pattern", "D1,D4"], "2 layers are named, the model has 1"),
     ("adapt", ["--data", "wide"], "token 400 is beyond the vocabulary of 320"),
     ("eval", ["--pattern", "K16"], "'K16'"),
-    ("eval", ["--pattern", "N4K2"], "top-k"),
+    ("eval", ["--pattern", "N4K2", "--score", "max"], "--score"),
     ("sample", ["--pattern", "D1/D2/D4"], "do not divide"),
     ("sample", ["--max-len", "3", "--prompt", "1 + 1"], "the cache is too short"),
     ("sample", ["--prompt", ""], "at least one token is needed"),
