@@ -424,8 +424,8 @@ class Niah:
         return np.insert(mine, (8, 12, 16, 20), DIGITS.index("-"), axis=1) if kind == "uuid" else mine
 
     def sample(self, number, T, task=None, rounds=1):
-        """T tokens, a bool array that is True on the answers, and the texts in these; ValueError if T is too short. More rounds
-        of question and answer follow where there is room, and where needles are left that were not asked for."""
+        """T tokens, a bool array that is True on the answers, and the texts in these; ValueError if T is too short. Up to
+        `rounds` questions, each with its answer, as far as there are needles and there is room."""
         rng = np.random.default_rng((self.seed, self.split, number))
         task = task or self.tasks[rng.integers(len(self.tasks))]
         haystack, key, value, n, distinct, asked = TASKS[task]
@@ -441,32 +441,31 @@ class Niah:
 
         keys, values, found = needles(0, *((rounds, rounds) if of_needles else (n, distinct)))
         if of_needles:
-            n = distinct = max(1, min(rounds, T // (3 * found.shape[1])))        # a third for them, and one for the questions
+            n = distinct = max(1, min(rounds, T // (3 * found.shape[1])))        # a third of the text, and one for the questions
             found = found[:n]
-        depth, told = number * 0.618034 % 1, np.arange(n)       # depth: of the first told, even over however many samples
-        if distinct == n:                                       # else the answer has the values of the one key, as they come
-            told = np.roll(told, -int(depth * n))
-            rng.shuffle(told[1:])
-        told = told[:min(rounds * asked, n)].reshape(-1, asked)
+        depths = np.append(number * 0.618034 % 1, rng.random(n - 1))       # the first one's: even, however many samples there are
+        if distinct < n:
+            depths.sort()                                       # the values of one key are told in the order of the text
+        told = np.arange(min(rounds * asked, n)).reshape(-1, asked)
 
         def join(rows):
             return self.fill("{row},", row=rows).reshape(len(told), -1)[:, :-1]
 
-        questions = self.fill(ask + "{keys}" + colon, keys=join(keys[told.ravel() if distinct == n else [0]]))
+        questions = self.fill(ask + "{keys}" + colon, keys=join(keys[told.ravel()[:distinct]]))
         answers = self.fill("{values}.", values=join(self.fill(" {value}", value=self.digits[values[told.ravel()]])))
         end, words = np.hstack((questions, answers)), self.haystacks.get(haystack)
         length = found.shape[1] if of_needles else 1 + sum(choice.shape[1] for choice in words)
         rounds = min(len(told), (T - found.size - length) // end.shape[1])
         if rounds < 1:
             raise ValueError(f"--context {T} is too short for {task}, which takes {found.size + length + end.shape[1]} tokens")
+        rounds = 1 + rng.integers(rounds)                       # an evaluation has one, which must not be new to the model
         end, told = end[:rounds], told[:rounds]
         h = -(-(T - found.size - end.size) // length)           # rows of the haystack; the first loses what is too much
         if of_needles:
             hay = needles(n, h, h)[2]
         else:
             hay = self.fill("{words}.", words=np.hstack([choice[rng.integers(len(choice), size=h)] for choice in words]))
-        # needle j is at depth (j + a fraction) / n, the same fraction for all, so that needle int(depth * n) is at `depth`
-        at = 1 + (h * (depth * n % 1 + np.arange(n)) / n).astype(int)
+        at = 1 + (h * depths).astype(int)
         text = np.insert(hay.ravel(), np.repeat(at * length, found.shape[1]), found.ravel())
         known = np.tile(np.arange(end.shape[1]) >= questions.shape[1], rounds)
         texts = ["".join(DIGITS[place] for place in places) for places in values[told.ravel()]]

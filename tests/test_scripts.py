@@ -455,8 +455,8 @@ def text_of(tokens, tokenizer="bytes"):
 
 
 NEEDLE, QUESTION, BARE = r" Safe ([\w-]+): ([\w-]+)\.", r"\nOpen ([\w, -]+): ([\w, -]+)\.", r" ([a-z]+-[a-z]+) ([0-9]+)\."
-ASKED = {"multikey-1": (1, 4), "multikey-2": (1, 16), "multikey-3": (1, 4), "multivalue": (4, 4), "multiquery": (4, 4),
-         "recall": (1, 16)}                                     # values at the most: of one question, of 16 rounds; else one
+ASKED = {"multikey-1": (1, 4), "multikey-2": (1, 10), "multikey-3": (1, 3), "multivalue": (4, 4), "multiquery": (4, 4),
+         "recall": (1, 10)}                                     # values of the longest samples: one question, up to 16; else one
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
@@ -484,7 +484,7 @@ def test_the_answers_of_a_task_are_in_its_text(task, tokenizer):
                 assert len(pairs) == count and (count < 5 or len(pairs) > len(values)), "the haystack has needles of its own"
                 assert all(np.array_equal(a, b) for a, b in zip(sample, twin.sample(number, T, task, rounds))), "the same again"
                 found.add(len(values))
-        assert min(found) >= 1 and max(found) >= asked, found
+        assert max(found) >= asked and (min(found) == 1 or ", " in text_of(tokens[known], tokenizer)), found
 
 
 def test_evaluation_shares_no_key_no_value_and_no_sample_with_training():
