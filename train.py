@@ -13,6 +13,7 @@ positions that a dilation skips. So every batch is used twice, each time for a f
   context         sequence length T
 
 `python train.py` trains the laptop preset on the source of Python's own standard library, as bytes, without a network;
+`python train.py --checkpoint out/D16.pt --data niah --out out/niah` teaches out/D16.pt, under D16, the prompts of eval.py --niah;
 `torchrun --nproc-per-node=2 train.py` trains on two GPUs, with the same batches and, but for rounding, the same losses.
 A flag that is given wins over the preset's recipe, and that over the default named in --help.
 Data, tokenizers and the command-line helper live here too; adapt.py, eval.py and sample.py import them.
@@ -149,14 +150,15 @@ def fit(model, config, passes, batch, optimizer, first=0, due=lambda step: False
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")                       # compiling would take longer than it saves
 def evaluate(model, tokens, pattern, config):
-    """Mean loss over config.eval_windows windows spread evenly over `tokens`, every token counted (nats per token)."""
+    """Mean loss over the targets of config.eval_windows windows spread evenly over `tokens` (nats per token)."""
     T, loss_fn = config.context, Loss(model, config)
     starts = np.linspace(0, len(tokens) - T - 1, min(config.eval_windows, (len(tokens) - 1) // T)).astype(int)
     batches = [starts[i:i + config.eval_batch] for i in range(0, len(starts), config.eval_batch)][RANK::WORLD]
-    cuts = ((move(z, config) for z in cut(tokens, batch, T)) for batch in batches)
-    losses = [loss_fn(*part, pattern) for part in cuts]
-    total = sum(len(batch) * loss.item() for batch, loss in zip(batches, losses))
-    return summed(torch.tensor(total, dtype=torch.float64)).item() / len(starts)
+    cuts = (cut(tokens, batch, T) for batch in batches)
+    losses = [((y != -100).sum().item(), loss_fn(move(x, config), move(y, config), pattern)) for x, y in cuts]
+    sums = torch.tensor([(count * loss.item(), count) for count, loss in losses], dtype=torch.float64)
+    total, count = summed(sums.reshape(-1, 2).sum(0)).tolist()
+    return total / count
 
 
 PEAKS = {"B200": 2250, "H200": 989, "H100 80GB HBM3": 989, "H100 PCIe": 756, "A100": 312, "L40S": 362, "L4$": 121,
@@ -200,7 +202,9 @@ def summed(values):
 
 def cut(tokens, starts, T, eot=-1):
     """Windows of T tokens from `starts`: idx, targets (B, T) int64. No loss (-100) where the input is end-of-text:
-    the first token of the next document can't be known."""
+    the first token of the next document can't be known. `tokens` may be a Niah, whose samples are numbered by `starts`."""
+    if isinstance(tokens, Niah):
+        return tokens.cut(starts, T)
     window = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))
     idx, targets = window[:, :-1], window[:, 1:]
     return idx, targets.masked_fill(idx == eot, -100)
@@ -314,12 +318,17 @@ def tokenize(source, tokenizer):
 
 
 def load_data(config, vocab_size=None):
-    """(train, val, vocabulary): two uint16 arrays, mapped from disk, and a multiple of 64.
+    """(train, val, vocabulary): two uint16 arrays, mapped from disk, or two of Niah; a multiple of 64.
 
-    config.data: 'stdlib', a text file, a folder of text files, or one with train.bin and val.bin, headerless uint16.
+    config.data: 'stdlib', a text file, a folder of text files, one with train.bin and val.bin, headerless uint16, or 'niah'.
     Fills in config.tokenizer and config.eot. vocab_size: default the tokenizer's, else the largest token + 1.
     OSError or ValueError in one line if the data can't be had, is shorter than a window, or goes beyond the vocabulary.
     """
+    if config.data == "niah":
+        train, val, size = Niah(config, 0), Niah(config, 1), Tokenizer(config.tokenizer).size
+        if (vocab_size or size) < size:
+            raise ValueError(f"--data niah: tokens of {config.tokenizer} go beyond the vocabulary of {vocab_size}")
+        return train, val, -(-(vocab_size or size) // 64) * 64
     if config.data != "stdlib":
         config.data = os.path.abspath(config.data)              # for the scripts that find it in the checkpoint
     folder, names = config.data, ("train.bin", "val.bin")
@@ -345,6 +354,128 @@ def load_data(config, vocab_size=None):
     config.tokenizer = coder.name
     size = vocab_size or coder.size or largest + 1
     return *arrays, -(-size // 64) * 64
+
+
+# ---------------------------------------------------------------------------------------------
+# Retrieval: needles in a haystack, in the eight forms of RULER, in text of our own
+
+ADJECTIVES, NOUNS, VERBS = (words.split() for words in (            # a token each in GPT-2's vocabulary, and as many bytes
+    """basic black blank blind brown chief civil clean clear crazy daily dirty early empty equal final fixed fresh fried grand
+    great green happy heavy human inner large legal light local lower magic major metal moral outer plain prime quick quiet
+    ready rival rough round sharp short small smart solid steel still sweet tight total upper urban usual white worst young""",
+    """angel apple arrow beard blade boats bones books boxes brain bread brush cakes cards chain chair clock cloth cloud coins
+    court cream dream dress field flame fleet floor fruit ghost glass grain grass guard heart horse house image knife ledge
+    money mouse night organ paper patch phone plane plant plate queue radio ridge river sheet shell shirt stone storm story""",
+    "built faced fixed found heard owned rated threw wired wrote"))
+HAYSTACKS = {                                                   # sentences: a word drawn from each list, then a full stop
+    "noise": [["The rain falls. The wind turns. The lamp is lit"]],
+    "prose": ["The Our Her His".split(), ADJECTIVES, NOUNS, VERBS, "the our her his".split(), ADJECTIVES, NOUNS],
+}
+DIGITS = "0123456789abcdef-"
+TASKS = {                                                       # haystack, keys, values; number of needles, keys and answers
+    "single-1": ("noise", "words", "number", 1, 1, 1),
+    "single-2": ("prose", "words", "number", 1, 1, 1),
+    "single-3": ("prose", "words", "uuid", 1, 1, 1),
+    "multikey-1": ("prose", "words", "number", 4, 4, 1),
+    "multikey-2": ("needles", "words", "number", 1, 1, 1),
+    "multikey-3": ("needles", "uuid", "uuid", 1, 1, 1),
+    "multivalue": ("prose", "words", "number", 4, 1, 4),
+    "multiquery": ("prose", "words", "number", 4, 4, 4),
+    "recall": ("pairs", "words", "number", 1, 1, 1),            # needles without words around: the simplest task
+}
+
+
+class Niah:
+    """Samples of the tasks, numbered; the same for the same tokenizer, split, seed and number. No key and no value is both in
+    split 0, for training, and in split 1, for evaluation. Words, digits and what is between them are encoded one by one, and
+    put together as arrays, at evaluation too: encoding the whole of each text would keep a GPU waiting."""
+
+    def __init__(self, config, split):
+        config.tokenizer = config.tokenizer or "bytes"
+        if config.tokenizer == "ids":
+            raise ValueError("--data niah: text needs a tokenizer, bytes or gpt2")
+        coder, self.seed, self.split, self.tasks = Tokenizer(config.tokenizer), config.seed, split, config.tasks
+        self.encode, config.eot = functools.cache(lambda text: np.array(coder.encode(text), np.int64)), coder.eot
+        self.digits = np.hstack([self.encode(digit) for digit in DIGITS])
+        self.haystacks = {name: [self.words(words) for words in lists] for name, lists in HAYSTACKS.items()}
+        pairs = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+        self.keys = self.words([pair for i, pair in enumerate(pairs) if i % 97 % 2 == split])
+        for task in self.tasks:                                 # all samples of a task need the same room
+            self.sample(0, config.context, task)
+
+    def __len__(self):
+        return 2**40                                            # numbers without end, for those who draw from them
+
+    def words(self, words):
+        """Tokens of words of the same length, with the space before them, a row each."""
+        return np.stack([self.encode(" " + word) for word in words])
+
+    def fill(self, form, **rows):
+        """A row of tokens per row of the named arrays: the form, with each {name} replaced."""
+        n, parts = len(next(iter(rows.values()))), re.split("{(.*?)}", form)
+        return np.hstack([rows[part] if i % 2 else np.tile(self.encode(part), (n, 1)) for i, part in enumerate(parts)])
+
+    def values(self, kind, n, rng):
+        """n numbers of 7 digits or uuids of this split, as places in DIGITS."""
+        base, length = (16, 32) if kind == "uuid" else (10, 7)
+        places = rng.integers(base, size=(3 * n + 40, length), dtype=np.int32)
+        places[:, 0] = rng.integers(1, base, len(places))
+        mine = places[places[:, :7] @ 10 ** np.arange(7) % 97 % 2 == self.split][:n]                # no digit gives away which
+        return np.insert(mine, (8, 12, 16, 20), DIGITS.index("-"), axis=1) if kind == "uuid" else mine
+
+    def sample(self, number, T, task=None, rounds=1):
+        """T tokens, a bool array that is True on the answers, and the texts in these; ValueError if T is too short. Up to
+        `rounds` questions, each with its answer, as far as there are needles and there is room."""
+        rng = np.random.default_rng((self.seed, self.split, number))
+        task = task or self.tasks[rng.integers(len(self.tasks))]
+        haystack, key, value, n, distinct, asked = TASKS[task]
+        form, ask, colon = ("{key} {value}.", "", "") if haystack == "pairs" else (" Safe{key}: {value}.", "\nOpen", ":")
+        order, of_needles = rng.permutation(len(self.keys)), haystack in ("pairs", "needles")
+
+        def needles(first, count, distinct):                    # with other keys than the first ones; if too few, they repeat
+            keys = self.keys[np.resize(order[first:], distinct)]
+            if key == "uuid":
+                keys = self.fill(" {uuid}", uuid=self.digits[self.values("uuid", distinct, rng)])
+            keys, values = np.resize(keys, (count, keys.shape[1])), self.values(value, count, rng)
+            return keys, values, self.fill(form, key=keys, value=self.digits[values])
+
+        keys, values, found = needles(0, *((rounds, rounds) if of_needles else (n, distinct)))
+        if of_needles:
+            n = distinct = max(1, min(rounds, T // (3 * found.shape[1])))        # a third of the text, and one for the questions
+            found = found[:n]
+        depths = np.append(number * 0.618034 % 1, rng.random(n - 1))       # the first one's: even, however many samples there are
+        if distinct < n:
+            depths.sort()                                       # the values of one key are told in the order of the text
+        told = np.arange(min(rounds * asked, n)).reshape(-1, asked)
+
+        def join(rows):
+            return self.fill("{row},", row=rows).reshape(len(told), -1)[:, :-1]
+
+        questions = self.fill(ask + "{keys}" + colon, keys=join(keys[told.ravel()[:distinct]]))
+        answers = self.fill("{values}.", values=join(self.fill(" {value}", value=self.digits[values[told.ravel()]])))
+        end, words = np.hstack((questions, answers)), self.haystacks.get(haystack)
+        length = found.shape[1] if of_needles else 1 + sum(choice.shape[1] for choice in words)
+        rounds = min(len(told), (T - found.size - length) // end.shape[1])
+        if rounds < 1:
+            raise ValueError(f"--context {T} is too short for {task}, which takes {found.size + length + end.shape[1]} tokens")
+        rounds = 1 + rng.integers(rounds)                       # an evaluation has one, which must not be new to the model
+        end, told = end[:rounds], told[:rounds]
+        h = -(-(T - found.size - end.size) // length)           # rows of the haystack; the first loses what is too much
+        if of_needles:
+            hay = needles(n, h, h)[2]
+        else:
+            hay = self.fill("{words}.", words=np.hstack([choice[rng.integers(len(choice), size=h)] for choice in words]))
+        at = 1 + (h * depths).astype(int)
+        text = np.insert(hay.ravel(), np.repeat(at * length, found.shape[1]), found.ravel())
+        known = np.tile(np.arange(end.shape[1]) >= questions.shape[1], rounds)
+        texts = ["".join(DIGITS[place] for place in places) for places in values[told.ravel()]]
+        return np.hstack((text, end.ravel()))[-T:], np.append(np.zeros(T - end.size, bool), known), texts
+
+    def cut(self, numbers, T):
+        """idx, targets (B, T) of samples of T + 1 tokens, with a loss on the answers only; many, as one has few tokens."""
+        tokens, known, _ = zip(*(self.sample(int(number), T + 1, rounds=16) for number in numbers))
+        tokens, known = torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(known))
+        return tokens[:, :-1], tokens.masked_fill(~known, -100)[:, 1:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -383,7 +514,8 @@ class Common:
 @dataclass
 class DataFlags(Common):
     """The flags of every script that reads data."""
-    data: str = flag("stdlib", "stdlib, a text file, a folder of text files, or a folder with train.bin and val.bin")
+    data: str = flag("stdlib", "stdlib, a text file, a folder of text files or with train.bin and val.bin, or niah")
+    tasks: list = flag((*TASKS,)[:8], "of --data niah", nargs="+", choices=(*TASKS,))
     tokenizer: str | None = flag(None, "of text: bytes (default) or gpt2; of .bin: what made it, ids (default) if unknown",
                                  choices=("bytes", "gpt2", "ids"))
     eot: int | None = flag(None, "end-of-text token of .bin data, -1 for none; default: 50256 if it occurs")
@@ -510,6 +642,7 @@ class TrainConfig(FitFlags):
     n_layer: int | None = flag(None, "layers; default: the preset's")
     n_head: int | None = flag(None, "heads; default: the preset's")
     n_embd: int | None = flag(None, "width; default: the preset's")
+    checkpoint: str | None = flag(None, "weights to go on from, a new run in another --out; adapted ones: in their pattern alone")
     recurrence: bool = flag(True, "--no-recurrence: the attention-only baseline")
     arl: str | None = flag(None, "pattern of the sparse updates, or none; default: D64, none without recurrence")
     vocab_size: int | None = flag(None, "rounded up to a multiple of 64; default: the tokenizer's, else the largest token + 1")
@@ -517,10 +650,10 @@ class TrainConfig(FitFlags):
 
 
 def of_run(cls, path, meta, given):
-    """The flags of `cls`: those given, else what the pretraining of the checkpoint at `path` used, else the defaults."""
+    """The flags of `cls`: those given, else what train.py used for the checkpoint at `path`, else the defaults."""
     if not meta.get("train") and "data" not in given:
         raise ValueError(f"{path} does not say what it was trained on: --data is needed")
-    here = {field.name for field in dataclasses.fields(Common)} | {"resume", "overwrite", "compile"}
+    here = {field.name for field in dataclasses.fields(Common)} | {"checkpoint", "resume", "overwrite", "compile"}
     names = {field.name for field in dataclasses.fields(cls)} - here
     used = {"tokenizer": meta["tokenizer"], **meta.get("train", {})}
     return cls(**{**{name: value for name, value in used.items() if name in names}, **given})
@@ -572,14 +705,18 @@ def report(log, text, **record):
 def main():
     given = parse_flags(TrainConfig, __doc__)
     config = TrainConfig(**given)
-    path, meta = os.path.join(config.out, "dense.pt"), {}
+    model, meta = load_checkpoint(config.checkpoint, config.device) if config.checkpoint else (None, {"pattern": "D1"})
+    pattern = meta["pattern"]
+    path = os.path.join(config.out, "dense.pt") if pattern == "D1" else file_of(pattern, config.out)
+    if config.checkpoint and os.path.realpath(path) == os.path.realpath(config.checkpoint):
+        raise ValueError(f"--checkpoint {path}: the run would write there; --out names another folder")
     if config.resume:
         model, meta = load_checkpoint(path, config.device)
         if "optimizer" not in meta:
             raise ValueError(f"{path}: not a checkpoint of train.py, it can't be resumed")
     elif os.path.exists(path) and not config.overwrite:
         raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out names another folder")
-    saved = meta.get("train", {})
+    saved = {**asdict(model.config), "tokenizer": meta["tokenizer"], **meta.get("train", {})} if model else {}
     preset = config.preset or saved.get("preset") or ("small" if config.gpu else "laptop")
     here = {"preset": preset, "out": config.out, "device": config.device, "compile": config.compile}    # a run may have moved
     config = TrainConfig(**{**PRESETS[preset], **RECIPES[preset], **saved, **given, **here}).check()
@@ -587,18 +724,19 @@ def main():
 
     train, val, config.vocab_size = load_data(config, config.vocab_size)
     shape = RATConfig(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.recurrence)
-    if config.resume and shape != model.config:
-        raise ValueError(f"{path} holds {model.config}, the flags ask for {shape}")
-    passes = [Pattern.parse(pattern, config.score).fit(shape) for pattern in (config.arl, "D1") if pattern != "none"]
+    if model and shape != model.config:
+        raise ValueError(f"{path if config.resume else config.checkpoint} holds {model.config}, the flags ask for {shape}")
+    passes = [config.arl, "D1"] if pattern == "D1" else [pattern]
+    passes = [Pattern.parse(text, config.score).fit(shape) for text in passes if text != "none"]
+    kin = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
     os.makedirs(config.out, exist_ok=True)
     torch.manual_seed(config.seed)
-    if not config.resume:
-        model = RATPlus(shape).to(config.device)
+    model = model or RATPlus(shape).to(config.device)
     optimizer = new_optimizer(model, config)
     if config.resume:
         optimizer.load_state_dict(meta["optimizer"])
         torch.set_rng_state(meta["rng"])
-    first = meta.get("step", 0)
+    first = meta["step"] if config.resume else 0
 
     header(model, config)
     stopped, leaving = [], False
@@ -616,10 +754,10 @@ def main():
     def batch(step):
         return cut(train, in_order(step, config, len(train)), config.context, config.eot)
 
-    with open_log(os.path.join(config.out, "dense.jsonl"), first) as log:
+    with open_log(path[:-len("pt")] + "jsonl", first) as log:
         tokens, updates = config.steps * config.batch_size * config.context, " then ".join(map(str, passes))
-        report(log, f"{config}\n{tokens / 1e6:.2f}M of {len(train) / 1e6:.2f}M tokens, each batch updates with {updates}; "
-               f"{len(val) / 1e6:.2f}M for validation", step=first, config=asdict(config), torch=torch.__version__)
+        report(log, f"{config}\n{tokens / 1e6:.2f}M of {len(train) / 1e6:.3g}M tokens, each batch updates with {updates}; "
+               f"{len(val) / 1e6:.3g}M for validation", step=first, config=asdict(config), torch=torch.__version__)
         for record in fit(model, config, passes, batch, optimizer, first, due):
             if record["step"] == first + 1:                     # before, a signal just ends the process: it may be compiling
                 for number in (signal.SIGINT, signal.SIGTERM):
@@ -630,7 +768,7 @@ def main():
             if last or step % config.eval_interval == 0:
                 losses = {} if leaving else {str(p): evaluate(model, val, p, config) for p in passes[::-1]}
                 if RANK == 0:
-                    save_checkpoint(path, model, step=step, pattern="D1", tokenizer=config.tokenizer, val=losses,
+                    save_checkpoint(path, model, step=step, pattern=pattern, tokenizer=config.tokenizer, val=losses, **kin,
                                     train=asdict(config), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
                 values = " ".join(f"{p} {loss:.4f}" for p, loss in losses.items()) or "not measured"
                 report(log, f"step {step:04} | val {values}{memory(config)} | saved {path}", step=step, val=losses)

@@ -23,6 +23,7 @@ from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
 from test_model import GOLDEN, ROOT, Bomb, random_pattern
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --eval-windows 4 --device cpu".split()
+needs_gpt2 = pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
 MODULES = {"train": train, "adapt": adapt, "eval": evaluation, "sample": sample}
 
 
@@ -436,7 +437,7 @@ def test_gpt2_without_its_vocabulary_is_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
+@needs_gpt2
 def test_gpt2_tokenizes_and_streams_text():
     text = "def f(x): return 'naïve 漢字 🙂'\n"
     coder = train.Tokenizer("gpt2")
@@ -451,6 +452,140 @@ def test_bytes_decode_as_they_stream(text):
     coder = train.Tokenizer("bytes")
     assert "".join(map(coder.decode, coder.encode(text).tolist())) == text
     assert train.Tokenizer("bytes").decode(256) == "<|endoftext|>" and train.Tokenizer("bytes").decode(300) == ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Retrieval
+
+def needles(split=0, T=400, tokenizer="bytes", tasks=(*train.TASKS,), seed=0):
+    return train.Niah(train.DataFlags(context=T, tokenizer=tokenizer, tasks=tasks, seed=seed, device="cpu"), split)
+
+
+def text_of(tokens, tokenizer="bytes"):
+    return "".join(map(train.Tokenizer(tokenizer).decode, tokens.tolist()))
+
+
+NEEDLE, QUESTION, BARE = r" Safe ([\w-]+): ([\w-]+)\.", r"\nOpen ([\w, -]+): ([\w, -]+)\.", r" ([a-z]+-[a-z]+) ([0-9]+)\."
+ASKED = {"multikey-1": (1, 4), "multikey-2": (1, 10), "multikey-3": (1, 3), "multivalue": (4, 4), "multiquery": (4, 4),
+         "recall": (1, 10)}                                     # values of the longest samples: one question, up to 16; else one
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
+@pytest.mark.parametrize("task", train.TASKS)
+def test_the_answers_of_a_task_are_in_its_text(task, tokenizer):
+    """Alone at the end in evaluation, many in training; whatever is asked has the values in the answer and no others."""
+    for rounds, asked in zip((1, 16), ASKED.get(task, (1, 1))):
+        found = set()
+        for T in (256, 400, 1400):
+            data, twin = (needles(T=T, tokenizer=tokenizer) for _ in range(2))
+            for number in range(20):
+                sample = tokens, known, values = data.sample(number, T, task, rounds)
+                assert len(tokens) == len(known) == T, "the context is filled"
+                text = text_of(tokens, tokenizer)
+                if task == "recall":
+                    pairs = re.findall(BARE, text)
+                    pairs, questions = pairs[:-len(values)], pairs[-len(values):]
+                else:
+                    pairs, questions = re.findall(NEEDLE, text), re.findall(QUESTION, text)
+                held = [[value for key, value in pairs if key in keys.split(", ")] for keys, _ in questions]
+                assert [sorted(told.split(", ")) for _, told in questions] == list(map(sorted, held)) and len(questions) <= rounds
+                assert text_of(tokens[known], tokenizer) == "".join(f" {told}." for _, told in questions)
+                assert ", ".join(told for _, told in questions) == ", ".join(values) and text.endswith(values[-1] + ".")
+                count = 1 if "single" in task else 4 if task in ("multikey-1", "multivalue", "multiquery") else len(pairs)
+                assert len(pairs) == count and (count < 5 or len(pairs) > len(values)), "the haystack has needles of its own"
+                assert all(np.array_equal(a, b) for a, b in zip(sample, twin.sample(number, T, task, rounds))), "the same again"
+                found.add(len(values))
+        assert max(found) >= asked and (min(found) == 1 or ", " in text_of(tokens[known], tokenizer)), found
+
+
+def test_evaluation_shares_no_key_no_value_and_no_sample_with_training():
+    seen = []
+    for split in (0, 1):
+        data = needles(split, 2000)
+        pairs = [re.findall(NEEDLE, text_of(data.sample(number, 2000)[0])) for number in range(150)]
+        seen.append(list(map(set, zip(*sum(pairs, [])))))
+        assert min(map(len, seen[-1])) > 1000
+    assert not seen[0][0] & seen[1][0] and not seen[0][1] & seen[1][1]
+    numbers = [value for value in seen[1][1] if len(value) == 7]
+    shares = [sum(value[i] == digit for value in numbers) / len(numbers) for i in range(1, 7) for digit in "0123456789"]
+    assert max(abs(share - 0.1) for share in shares) < 0.03, "no digit gives away the half that its number is in"
+    assert needles(seed=1).sample(0, 400, "single-1")[2] != needles().sample(0, 400, "single-1")[2]
+
+
+def test_needles_lie_at_all_depths():
+    data = needles(1)
+    for task in ("single-1", "multikey-1", "multikey-2"):
+        samples = (data.sample(number, 2000, task) for number in range(64))
+        depths = [text_of(tokens).index(values[0]) / len(tokens) for tokens, _, values in samples]
+        counts, _ = np.histogram(depths, 8, (0, 1))
+        assert counts.min() >= 5 and counts.max() <= 11, (task, counts)
+
+
+def test_fine_tuning_batches_mix_the_tasks_and_have_a_loss_on_the_answers_only():
+    config, data = train.TrainConfig(steps=16, batch_size=64, context=399, device="cpu"), needles()
+    starts = train.in_order(3, config, len(data))
+    idx, targets = train.cut(data, starts, 399, eot=256)
+    for start, x, y in zip(starts, idx, targets):
+        tokens, known, _ = data.sample(int(start), 400, rounds=16)
+        assert x.tolist() == tokens[:-1].tolist() and y.tolist() == np.where(known, tokens, -100)[1:].tolist()
+    answers = {text_of(row[row != -100]) for row in targets}
+    assert len(answers) == 64 and {len(answer) for answer in answers} > {9, 36, 38}, "one number, four, a uuid and so on"
+
+
+def test_the_share_of_the_values_that_is_found():
+    assert evaluation.share_found(" 1234567, AB-C.", ["1234567", "ab-c"]) == 1
+    assert evaluation.share_found(" 12345678", ["1234567", "7654321", "ab-c", "45"]) == 0.5
+    assert evaluation.share_found("", ["1234567"]) == 0
+
+
+def test_retrieval_scores_what_the_model_goes_on_with():
+    data, sizes, right = needles(1), [], []
+
+    class Every3rd:
+        """A model that finds half of the values if the first one is a multiple of 3, else nothing."""
+        def generate(self, idx, n_new, pattern, temperature):
+            assert pattern == "D4" and temperature == 0 and idx.shape[1] + n_new == 400
+            new = []
+            for i, prompt in enumerate(idx, sum(sizes)):
+                tokens, known, values = data.sample(i, 400, "multivalue")
+                assert prompt.tolist() == tokens[~known].tolist()
+                right.append(int(values[0]) % 3 == 0)
+                new.append(list(f" {values[2]}, {values[0]}.".encode().ljust(n_new)) if right[-1] else [0] * n_new)
+            sizes.append(len(idx))
+            return torch.cat((idx, torch.tensor(new)), dim=1)
+
+    config = evaluation.EvalConfig(context=400, samples=30, eval_batch=8, tokenizer="bytes", device="cpu")
+    score = evaluation.retrieve(Every3rd(), data, "multivalue", "D4", config)
+    assert sizes == [8, 8, 8, 6] and 0 < sum(right) < 30 and abs(score - 100 * sum(right) / 60) < 1e-9
+
+
+def test_a_run_is_fine_tuned_in_each_pattern_of_its_own(trained, capsys):
+    """From out/ to tuned/: the dense weights with ARL, the adapted ones in D4 alone; evaluated there side by side."""
+    call("adapt", "--pattern", "D4", "--steps", 1, "--device", "cpu")
+    parent = load_checkpoint("out/D4.pt")[1]["parent"]
+    tune = ["--data", "niah", "--context", 256, "--steps", 3, "--out", "tuned", "--device", "cpu"]
+    for name, passes in (("dense", "D64 then D1"), ("D4", "D4")):
+        out = ok(script("train", "--checkpoint", f"out/{name}.pt", *tune))
+        assert f"each batch updates with {passes};" in out and f"saved tuned/{name}.pt" in out
+        model, meta = load_checkpoint(f"tuned/{name}.pt")
+        assert meta["parent"] == parent and meta["pattern"] == {"dense": "D1"}.get(name, name) and meta["step"] == 3
+        assert meta["train"]["arl"] == "D64" and meta["tokenizer"] == "bytes" and meta["train"]["context"] == 256
+        assert not model.embed.weight.equal(load_checkpoint(f"out/{name}.pt")[0].embed.weight)
+    ok(script("train", "--checkpoint", "out/D4.pt", "--resume", "--out", "tuned", "--steps", 4, "--device", "cpu"))
+    assert load_checkpoint("tuned/D4.pt")[1]["step"] == 4 and load_checkpoint("tuned/D4.pt")[1]["parent"] == parent
+    refused(capsys, "train", "--checkpoint", "out/D4.pt", *tune, why="tuned/D4.pt exists")
+    capsys.readouterr()
+    for _ in range(2):
+        call("eval", "--niah", "--out", "tuned", "--samples", 3, "--tasks", "single-1", "recall", "--device", "cpu")
+    out = capsys.readouterr().out
+    assert out.count("| model | pattern | weights | single-1 | recall | average |") == 2 and "left out" not in out
+    rows = [line.strip("| ").split(" | ")[:3] for line in out.splitlines() if line.startswith("| RAT+ (tuned)")]
+    assert rows[:3] == [["RAT+ (tuned)", *row] for row in (("D1", "dense"), ("D4", "switched"), ("D4", "adapted"))]
+    cells = [json.loads(line) for line in Path("tuned/niah.jsonl").read_text().splitlines()]
+    assert len(cells) == 12, "a second run is appended"
+    names = [(cell["pattern"], cell["weights"], cell["task"]) for cell in cells]
+    assert names[3:5] == [("D4", "switched", "recall"), ("D4", "adapted", "single-1")]
+    assert all(cell["context"] == 256 and cell["samples"] == 3 and 0 <= cell["score"] <= 100 for cell in cells)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -483,6 +618,11 @@ def refused(capsys, name, *args, why):
     ("train", ["--data", "text", "--arl", "D1/D2/D4"], "do not divide"),
     ("train", ["--data", "text", "--n-head", "3"], "n_embd must split"),
     ("train", ["--data", "text", "--resume"], "out/dense.pt"),
+    ("train", ["--data", "niah"], "--context 16 is too short for single-1"),
+    ("train", ["--data", "niah", "--context", "242", "--tasks", "single-1", "multikey-3"], "multikey-3, which takes 243 tokens"),
+    ("train", ["--data", "niah", "--tokenizer", "ids"], "text needs a tokenizer"),
+    ("train", ["--data", "niah", "--tasks", "multikey-4"], "--tasks"),
+    ("train", ["--checkpoint", "nowhere.pt"], "nowhere.pt"),
     ("train", ["--data", "text", "--out", "file"], "file"),
     ("train", ["--data", "text", "--device", "nonsense"], "--device nonsense"),
     ("train", ["--preset", "huge"], "--preset"),
@@ -497,7 +637,9 @@ def refused(capsys, name, *args, why):
     ("adapt", ["--checkpoint", GOLDEN / "official_tiny.pth"], "--data is needed"),
     ("adapt", ["--checkpoint", GOLDEN / "official_tiny.pth", "--data", "large", "--context", "8"], "beyond the vocabulary of 37"),
     ("adapt", ["--checkpoint", GOLDEN / "official_tiny.pth", "--data", "text", "--context", "8"], "text needs a tokenizer"),
+    ("adapt", ["--checkpoint", GOLDEN / "official_tiny.pth", "--data", "niah", "--tokenizer", "bytes"], "the vocabulary of 37"),
     ("eval", ["--checkpoint", "nowhere.pt"], "nowhere.pt"),
+    ("eval", ["--niah", "--checkpoint", GOLDEN / "official_tiny.pth"], "text needs a tokenizer"),
     ("eval", ["--compare", "nowhere"], "nowhere/dense.pt"),
     ("sample", ["--out", "nowhere"], "nowhere/dense.pt"),
     ("sample", ["--nonsense"], "unrecognized arguments"),
@@ -522,12 +664,16 @@ def test_bad_input_is_one_line(capsys, name, args, why):
 
 @pytest.mark.parametrize("name, args, why", [
     ("train", ["--resume", "--n-embd", "32", "--data", "text"], "it can't be resumed"),
+    ("train", ["--checkpoint", "out/dense.pt", "--overwrite"], "--out names another folder"),
+    ("train", ["--checkpoint", "out/dense.pt", "--out", "new", "--n-embd", "32"], "the flags ask for RATConfig"),
     ("adapt", ["--pattern", "D1/D2/D4"], "3 head groups do not divide 2 heads"),
     ("adapt", ["--pattern", "D4", "D"], "'D'"),
     ("adapt", ["--pattern", "D1,D4"], "2 layers are named, the model has 1"),
     ("adapt", ["--data", "wide"], "token 400 is beyond the vocabulary of 320"),
     ("eval", ["--pattern", "K16"], "'K16'"),
     ("eval", ["--pattern", "N4K2", "--score", "max"], "--score"),
+    ("eval", ["--niah"], "--context 16 is too short for single-1"),
+    ("eval", ["--niah", "--samples", "0"], "--samples 0: must be a number from 1 up"),
     ("sample", ["--pattern", "D1/D2/D4"], "do not divide"),
     ("sample", ["--max-len", "3", "--prompt", "1 + 1"], "the cache is too short"),
     ("sample", ["--prompt", ""], "at least one token is needed"),
