@@ -481,24 +481,22 @@ def attention_by_blocks(q, k_rec, v_rec, dilation, window, sinks, block=128):
     return torch.cat(y, dim=2)
 
 
-# Kernel: sparse attention. A program takes BM queries of one head. The keys that a query at t may attend to are
+# Kernel: sparse attention. The keys that a query at t may attend to are of three kinds, and every key is of one kind only:
 #
-#   itself     p = t: it starts the online softmax, so that no query is ever without a key
-#   near       in the window of one of the program's queries: a stretch of memory, read as it lies
-#   far        before that, and lasting, which is to say a sink or on the grid: each is in reach of all of the queries
+#   itself     p = t
+#   lasting    p < t, a sink or on the grid: once in reach, in reach of every later query
+#   passing    0 < t - p <= window, neither sink nor on the grid
 #
-# Lasting positions form a list, j -> p: first the sinks p = j, then the grid from the first position behind them. The far ones
-# are gathered from it row by row, in tiles of BN; tiles of near keys follow. Without a window, far goes on to the program's last
-# query. Keys that no query may use are never loaded, but for those in a window's ragged edges: cost grows with T / D + S + W.
-# The tiles that all queries see whole, most of them, go first, in a loop that compares no positions. Two loops, not one for
-# each kind of tile: whenever one starts, it waits for memory.
+# The lasting positions form a list, j -> p: first the sinks p = j, then the grid from the first position behind them. A
+# program takes BM queries of one head; itself starts the online softmax (m: largest score, l: sum, acc: weighted values),
+# so that no query is ever without a key; then tiles of BN lasting keys are gathered from the list, row by row, and
+# tiles of BN passing keys from the window. Keys of no kind are never loaded: cost grows with T / D + S + W.
 #
-# Online softmax: m: largest score, l: sum, acc: weighted values. Scores are in units of log2: scale = log2(e) / sqrt(Dh),
-# so that exp2, which the hardware has, replaces exp. lse = m + log2(l) is kept for the backward pass. Grid: query blocks x B x H,
-# the blocks of a head together (they share its keys in the L2 cache), those with most keys first. Bytes: q, y, and the own
-# k and v, 4 x Dh per query and head, 8 Dh in bf16; the other keys are found in the L2 cache. FLOPs: 4 Dh x (t / D + S + W)
-# per query. One softmax, where flex_attention needs either all T keys under a mask or two calls, merged through memory by
-# their lse.
+# Scores are in units of log2: scale = log2(e) / sqrt(Dh), so that exp2, which the hardware has, replaces exp. lse = m + log2(l)
+# is kept for the backward pass. Grid: query blocks x B x H, the blocks of a head together (they share its keys in the L2
+# cache), those with most keys first. Bytes: q, y, and the own k and v, 4 x Dh per query and head, 8 Dh in bf16; the other
+# keys are found in the L2 cache. FLOPs: 4 Dh x (t / D + S + W) per query. One softmax, where flex_attention
+# needs either all T keys under a mask or two calls, merged through memory by their lse.
 #
 # 64-bit offsets are taken by row and head, so that any T works.
 
@@ -524,77 +522,39 @@ def count_lasting(t, DILATION: tl.constexpr, SINKS: tl.constexpr):
 
 
 @jit
-def is_lasting(p, DILATION: tl.constexpr, SINKS: tl.constexpr):
-    """Is p a sink or on the grid?"""
-    yes = p < SINKS
+def passing(p, DILATION: tl.constexpr, SINKS: tl.constexpr):
+    """p, if it is neither a sink nor on the grid; else a position that no query reaches."""
+    yes = p >= SINKS
     if DILATION > 0:
-        yes = yes | ((p + 1) % DILATION == 0)
-    return yes
+        yes = yes & ((p + 1) % DILATION != 0)
+    return tl.where(yes, p, FAR)
+
+
+@jit
+def within(x, n: tl.constexpr):
+    """0 <= x < n, in one comparison."""
+    return x.to(tl.uint32, bitcast=True) < n
 
 
 @jit
 def load_rows(x, row, stride, live, DH: tl.constexpr, BD: tl.constexpr):
-    """Rows of x (., Dh) -> (len(row), BD); 0 where not live (None: all are), and beyond Dh."""
+    """Rows of x (., Dh) -> (len(row), BD); 0 where not live, and beyond Dh."""
     d = tl.arange(0, BD)
-    mask = (row == row if live is None else live)[:, None] & (d < DH)[None, :]
+    mask = live[:, None] if DH == BD else live[:, None] & (d < DH)[None, :]
     return tl.load(x + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0)
 
 
 @jit
 def store_rows(x, row, stride, values, live, DH: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)
-    mask = live[:, None] & (d < DH)[None, :]
+    mask = live[:, None] if DH == BD else live[:, None] & (d < DH)[None, :]
     tl.store(x + row.to(tl.int64)[:, None] * stride + d[None, :], values.to(x.dtype.element_ty), mask=mask)
 
 
 @jit
-def plan(first, end, BN: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
-    """The tiles of queries first .. end - 1: (n, start, far, whole, left, right, tiles). First come `far` tiles of n far
-    keys, then those of near keys from position `start` on. Tiles below `whole`, and from left up to right, are seen whole."""
-    start = tl.maximum(first - WINDOW, 0) if WINDOW > 0 else end
-    n = count_lasting(start, DILATION, SINKS)
-    whole = (n if WINDOW > 0 else count_lasting(first, DILATION, SINKS)) // BN
-    far = tl.cdiv(n, BN)
-    left = far + tl.cdiv(tl.maximum(end - 1 - WINDOW - start, 0), BN)
-    right = tl.maximum(left, far + (first - start) // BN)
-    return n, start, far, whole, left, right, far + tl.cdiv(end - start, BN)
-
-
-@jit
-def tile_of(e, far, n, start, BN: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
-    """The positions (BN,) of the keys of tile e."""
-    j = e * BN + tl.arange(0, BN)
-    p = lasting(j, n, DILATION, SINKS)
-    return tl.where(e < far, p, start - far * BN + j) if WINDOW > 0 else p
-
-
-@jit
-def seen(t, p, DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
-    """`allowed` but for the query itself, (BM, BN)."""
-    ago = t[:, None] - p[None, :]
-    return (ago > 0) & ((ago <= WINDOW) | is_lasting(p, DILATION, SINKS)[None, :])
-
-
-@jit
-def load_keys(x, stride, cache, p, origin, far, live, CACHED: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr,
-              SINKS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr):
-    """Keys or values at positions p (BN,): rows of x, which starts at origin; far ones, if CACHED, of the cache."""
-    if CACHED:
-        slot = p                                                                                    # as in `slot_of`
-        if DILATION > 0:
-            slot = tl.where((p + 1) % DILATION == 0, SINKS + WINDOW + p // DILATION, p)
-        d = tl.arange(0, BD)[None, :]
-        rows = tl.where(far, cache + slot.to(tl.int64)[:, None] * DH + d, x + (p - origin).to(tl.int64)[:, None] * stride + d)
-        return tl.load(rows, mask=(p == p if live is None else live)[:, None] & (d < DH), other=0)
-    return load_rows(x, p - origin, stride, live, DH, BD)
-
-
-@jit
 def attend(q, k, v, sees, scale, acc, l, m):
-    """One step of the online softmax: BN keys more. q, acc (BM, BD); k, v (BN, BD); sees (BM, BN) or None; l, m (BM,)."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if sees is not None:
-        s = tl.where(sees, s, -float("inf"))
+    """One step of the online softmax: BN keys more. q (BM, BD); k, v (BN, BD); sees (BM, BN); acc (BM, BD); l, m (BM,)."""
+    s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     shrink = tl.exp2(m - m_new)
@@ -604,12 +564,12 @@ def attend(q, k, v, sees, scale, acc, l, m):
 
 @jit
 def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, y, y_b, y_h, y_t, lse, k_cache, v_cache,
-                             H, T, origin_t, origin, slots, scale, CACHED: tl.constexpr,
+                             H, T, start, origin, slots, scale, CACHED: tl.constexpr,
                              DILATION: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, DH: tl.constexpr,
                              BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """q, y (B, H, T, Dh), each with its strides; the first query is at position origin_t; lse (B, H, T) float32.
+    """q, y (B, H, T, Dh), each with its strides; the first query is at position `start`; lse (B, H, T) float32.
 
-    Row i of k and v is the key at position origin + i. CACHED: far keys are read from k_cache, v_cache (B, H, slots, Dh)
+    Row i of k and v is the key at position origin + i. CACHED: lasting keys are read from k_cache, v_cache (B, H, slots, Dh)
     instead, contiguous, at the slots that `slot_of` gives them.
     """
     blocks = tl.cdiv(T, BM)
@@ -618,28 +578,32 @@ def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
     i = block * BM + tl.arange(0, BM)
-    live, t, first, end = i < T, origin_t + i, origin_t + block * BM, origin_t + tl.minimum(block * BM + BM, T)
+    live, t, first, end = i < T, start + i, start + block * BM, start + tl.minimum(block * BM + BM, T)
     q_tile = load_rows(q + b * q_b + h * q_h, i, q_t, live, DH, BD)                                 # (BM, BD)
     own_k = load_rows(k, t - origin, k_t, live, DH, BD)
     m = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
     l = tl.full((BM,), 1, tl.float32)
     acc = load_rows(v, t - origin, v_t, live, DH, BD).to(tl.float32)
-    n, start, far, whole, left, right, tiles = plan(first, end, BN, DILATION, WINDOW, SINKS)
-    if CACHED:
-        k_cache += head * slots * DH
-        v_cache += head * slots * DH
-    for u in tl.range(0, whole + right - left, num_stages=STAGES):
-        e = tl.where(u < whole, u, u - whole + left)
-        p = tile_of(e, far, n, start, BN, DILATION, WINDOW, SINKS)
-        k_tile = load_keys(k, k_t, k_cache, p, origin, e < far, None, CACHED, DILATION, WINDOW, SINKS, DH, BD)
-        v_tile = load_keys(v, v_t, v_cache, p, origin, e < far, None, CACHED, DILATION, WINDOW, SINKS, DH, BD)
-        acc, l, m = attend(q_tile, k_tile, v_tile, None, scale, acc, l, m)
-    for u in tl.range(whole, tiles - (right - left), num_stages=STAGES):
-        e = tl.where(u < left, u, u - left + right)
-        p = tile_of(e, far, n, start, BN, DILATION, WINDOW, SINKS)
-        k_tile = load_keys(k, k_t, k_cache, p, origin, e < far, p < end, CACHED, DILATION, WINDOW, SINKS, DH, BD)
-        v_tile = load_keys(v, v_t, v_cache, p, origin, e < far, p < end, CACHED, DILATION, WINDOW, SINKS, DH, BD)
-        acc, l, m = attend(q_tile, k_tile, v_tile, seen(t, p, DILATION, WINDOW, SINKS), scale, acc, l, m)
+    n = count_lasting(end, DILATION, SINKS)
+    for j0 in tl.range(0, n, BN, num_stages=STAGES):
+        j = j0 + tl.arange(0, BN)
+        p = lasting(j, n, DILATION, SINKS)                                                             # (BN,)
+        if CACHED:
+            row = p
+            if DILATION > 0:
+                row = tl.where((p + 1) % DILATION == 0, SINKS + WINDOW + p // DILATION, p)
+            cache = head * slots * DH
+            k_tile = load_rows(k_cache + cache, row, DH, j < n, DH, BD)
+            v_tile = load_rows(v_cache + cache, row, DH, j < n, DH, BD)
+        else:
+            k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
+        acc, l, m = attend(q_tile, k_tile, v_tile, p[None, :] < t[:, None], scale, acc, l, m)
+    if WINDOW > 0:
+        for p0 in tl.range(tl.maximum(first - WINDOW, 0), end, BN, num_stages=STAGES):
+            p = p0 + tl.arange(0, BN)
+            k_tile, v_tile = load_rows(k, p - origin, k_t, p < end, DH, BD), load_rows(v, p - origin, v_t, p < end, DH, BD)
+            sees = within(t[:, None] - 1 - passing(p, DILATION, SINKS)[None, :], WINDOW)
+            acc, l, m = attend(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
     store_rows(y + b * y_b + h * y_h, i, y_t, acc / l[:, None], live, DH, BD)
     tl.store(lse + head * T + i, m + tl.log2(l), mask=live)
 
@@ -648,9 +612,9 @@ def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_
 #
 #   dS = P * (dO V^T - delta)        dQ = dS K / sqrt(Dh)        dK = dS^T Q / sqrt(Dh)        dV = P^T dO
 #
-# dQ goes by queries, like the forward pass, and computes delta on the way. With no window, nobody but its own query sees a key
-# that does not last: its dK and dV are written there too. The rest of dK and dV goes by keys, in a kernel that runs once over
-# the lasting keys and once, if there is a window, over the others; each row of dK and dV is written by exactly one.
+# dQ goes by queries, like the forward pass, and computes delta on the way. With no window, nobody but its own query sees a
+# passing key: its dK and dV are written there too. The rest of dK and dV goes by keys, in a kernel that runs once over the
+# lasting keys and once, if there is a window, over the passing ones; each row of dK and dV is written by exactly one.
 #
 # Lasting keys are few, and each is seen by all later queries: with D 64 and T 4096 one tile of keys a head, far too few
 # programs. So the queries of a tile are split over several programs; their float32 sums go through memory, and are added
@@ -662,9 +626,7 @@ def attention_forward_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_
 @jit
 def attend_backward(q, k, v, dy, sees, lse, delta, scale, dq):
     """dq (BM, BD) of BN keys more, without the factor 1 / sqrt(Dh)."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if sees is not None:
-        s = tl.where(sees, s, -float("inf"))
+    s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
     p = tl.exp2(s * scale - lse[:, None])                                                           # (BM, BN)
     ds = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -678,7 +640,7 @@ def attention_backward_q_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h,
     """As the forward kernel; dq, dk, dv share strides; delta (B, H, T) float32; factor 1 / sqrt(Dh)."""
     blocks = tl.cdiv(T, BM)
     head, block = tl.program_id(0).to(tl.int64) // blocks, blocks - 1 - tl.program_id(0) % blocks
-    b, h, first, end = head // H, head % H, block * BM, tl.minimum(block * BM + BM, T)
+    b, h, first = head // H, head % H, block * BM
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
     at = b * d_b + h * d_h
@@ -694,37 +656,23 @@ def attention_backward_q_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h,
     own_p = tl.exp2(tl.sum(q_tile.to(tl.float32) * own_k, 1) * scale - lse_t)
     own_ds = own_p * (tl.sum(dy_tile.to(tl.float32) * own_v, 1) - delta_t)
     if WINDOW == 0:
-        alone = live & (is_lasting(t, DILATION, SINKS) == 0)
+        alone = live & (passing(t, DILATION, SINKS) == t)
         store_rows(dk + at, t, d_t, (own_ds * factor)[:, None] * q_tile.to(tl.float32), alone, DH, BD)
         store_rows(dv + at, t, d_t, own_p[:, None] * dy_tile.to(tl.float32), alone, DH, BD)
     acc = own_ds[:, None] * own_k
-    n, start, far, whole, left, right, tiles = plan(first, end, BN, DILATION, WINDOW, SINKS)
-    for u in tl.range(0, whole + right - left, num_stages=STAGES):
-        p = tile_of(tl.where(u < whole, u, u - whole + left), far, n, start, BN, DILATION, WINDOW, SINKS)
-        k_tile, v_tile = load_rows(k, p, k_t, None, DH, BD), load_rows(v, p, v_t, None, DH, BD)
-        acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, None, lse_t, delta_t, scale, acc)
-    for u in tl.range(whole, tiles - (right - left), num_stages=STAGES):
-        p = tile_of(tl.where(u < left, u, u - left + right), far, n, start, BN, DILATION, WINDOW, SINKS)
-        k_tile, v_tile = load_rows(k, p, k_t, p < end, DH, BD), load_rows(v, p, v_t, p < end, DH, BD)
-        sees = seen(t, p, DILATION, WINDOW, SINKS)
-        acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
+    n = count_lasting(tl.minimum(first + BM, T), DILATION, SINKS)
+    for j0 in tl.range(0, n, BN, num_stages=STAGES):
+        j = j0 + tl.arange(0, BN)
+        p = lasting(j, n, DILATION, SINKS)
+        k_tile, v_tile = load_rows(k, p, k_t, j < n, DH, BD), load_rows(v, p, v_t, j < n, DH, BD)
+        acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, p[None, :] < t[:, None], lse_t, delta_t, scale, acc)
+    if WINDOW > 0:
+        for p0 in tl.range(tl.maximum(first - WINDOW, 0), tl.minimum(first + BM, T), BN, num_stages=STAGES):
+            p = p0 + tl.arange(0, BN)
+            k_tile, v_tile = load_rows(k, p, k_t, p < T, DH, BD), load_rows(v, p, v_t, p < T, DH, BD)
+            sees = within(t[:, None] - 1 - passing(p, DILATION, SINKS)[None, :], WINDOW)
+            acc = attend_backward(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
     store_rows(dq + at, t, d_t, acc * factor, live, DH, BD)
-
-
-@jit
-def attend_backward_kv(q, dy, t, live, q_t, dy_t, k, v, sees, lse, delta, scale, acc_k, acc_v, DH: tl.constexpr,
-                       BD: tl.constexpr):
-    """dk, without the factor 1 / sqrt(Dh), and dv (BN, BD) of BM queries t more. q, dy, lse, delta: of the head."""
-    q_tile, dy_tile = load_rows(q, t, q_t, live, DH, BD), load_rows(dy, t, dy_t, live, DH, BD)      # (BM, BD)
-    lse_t = tl.load(lse + t, mask=live, other=float("inf"))
-    delta_t = tl.load(delta + t, mask=live, other=0)
-    s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
-    if sees is not None:
-        s = tl.where(sees, s, -float("inf"))
-    p = tl.exp2(s * scale - lse_t[None, :])                                                         # (BN, BM)
-    acc_v = tl.dot(p.to(dy_tile.dtype), dy_tile, acc_v, input_precision="ieee")
-    ds = p * (tl.dot(v, tl.trans(dy_tile), input_precision="ieee") - delta_t[None, :])
-    return tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision="ieee"), acc_v
 
 
 @jit
@@ -733,44 +681,35 @@ def attention_backward_kv_kernel(q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h
                                  LASTING: tl.constexpr, SPLIT: tl.constexpr, DILATION: tl.constexpr, WINDOW: tl.constexpr,
                                  SINKS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                                  STAGES: tl.constexpr):
-    """dk and dv of one tile of the n lasting keys (LASTING) or of the others among n = T, from one of `splits` shares
+    """dk and dv of one tile of the n lasting keys (LASTING) or of the passing keys among n = T, from one of `splits` shares
     of the queries that see it. SPLIT: to part (splits, 2, B * H, n, Dh) float32 instead of dk, dv."""
     program = tl.program_id(0).to(tl.int64)
     tile, split, head = (program % tiles).to(tl.int32), program // tiles % splits, program // tiles // splits
     b, h = head // H, head % H
     j = tile * BN + tl.arange(0, BN)
-    p, live, end = j, j < n, T
     if LASTING:
-        p = lasting(j, n, DILATION, SINKS)
+        p, live, end = lasting(j, n, DILATION, SINKS), j < n, T
     else:
-        live = live & (is_lasting(j, DILATION, SINKS) == 0)
-        end = tl.minimum(tile * BN + BN + WINDOW, T)
-    first, last_p = tl.min(p), tl.max(tl.where(live, p, 0))
+        p, live, end = j, (j < n) & (passing(j, DILATION, SINKS) == j), tl.minimum(tile * BN + BN + WINDOW, T)
+    first = tl.min(p)
     k_tile = load_rows(k + b * k_b + h * k_h, p, k_t, live, DH, BD)                                 # (BN, BD)
     v_tile = load_rows(v + b * v_b + h * v_h, p, v_t, live, DH, BD)
     q += b * q_b + h * q_h
     dy += b * dy_b + h * dy_h
-    lse += head * T
-    delta += head * T
     acc_k, acc_v = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BD), tl.float32)
-    blocks = tl.cdiv(end - first, BM)                              # of queries: those from left up to right need no mask
-    low, high = (blocks * split // splits).to(tl.int32), (blocks * (split + 1) // splits).to(tl.int32)
-    left = tl.minimum(tl.maximum(tl.cdiv(last_p - first, BM), low), high)
-    right = high
-    if not LASTING:
-        right = tl.maximum(left, tl.minimum((WINDOW + 1) // BM, high))
-    for block in tl.range(left, right, num_stages=STAGES):
+    blocks = tl.cdiv(end - first, BM)
+    for block in tl.range((blocks * split // splits).to(tl.int32), (blocks * (split + 1) // splits).to(tl.int32),
+                          num_stages=STAGES):
         t = first + block * BM + tl.arange(0, BM)                                                   # (BM,)
-        acc_k, acc_v = attend_backward_kv(q, dy, t, t < T, q_t, dy_t, k_tile, v_tile, None, lse, delta, scale, acc_k, acc_v,
-                                          DH, BD)
-    for e in tl.range(low, high - (right - left), num_stages=STAGES):
-        t = first + tl.where(e < left, e, e - left + right) * BM + tl.arange(0, BM)
-        ago = t[None, :] - p[:, None]
-        sees = ago >= 0
-        if not LASTING:
-            sees = sees & (ago <= WINDOW)
-        acc_k, acc_v = attend_backward_kv(q, dy, t, t < end, q_t, dy_t, k_tile, v_tile, sees, lse, delta, scale, acc_k, acc_v,
-                                          DH, BD)
+        q_tile, dy_tile = load_rows(q, t, q_t, t < end, DH, BD), load_rows(dy, t, dy_t, t < end, DH, BD)
+        lse_t = tl.load(lse + head * T + t, mask=t < end, other=float("inf"))
+        delta_t = tl.load(delta + head * T + t, mask=t < end, other=0)
+        sees = p[:, None] <= t[None, :] if LASTING else within(t[None, :] - p[:, None], WINDOW + 1)
+        s = tl.where(sees, tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"), -float("inf"))
+        prob = tl.exp2(s * scale - lse_t[None, :])                                                  # (BN, BM)
+        acc_v = tl.dot(prob.to(dy_tile.dtype), dy_tile, acc_v, input_precision="ieee")
+        ds = prob * (tl.dot(v_tile, tl.trans(dy_tile), input_precision="ieee") - delta_t[None, :])
+        acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision="ieee")
     if SPLIT:
         heads = tl.num_programs(0) // tiles // splits
         store_rows(part + ((split * 2 + 0) * heads + head) * n * DH, j, DH, acc_k * factor, live, DH, BD)

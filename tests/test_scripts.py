@@ -23,7 +23,8 @@ from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
 from test_model import GOLDEN, ROOT, Bomb, random_pattern
 
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --eval-windows 4 --device cpu".split()
-needs_gpt2 = pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
+VOCABULARY = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere"), "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")     # GPT-2's
+needs_gpt2 = pytest.mark.skipif(not VOCABULARY.exists(), reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
 MODULES = {"train": train, "adapt": adapt, "eval": evaluation, "sample": sample}
 
 
