@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (SCORES, allowed, attention, attention_chunk, attention_topk, block_summaries, count_keys, decode,
-                     decode_topk, keys_per_query, on_grid, positions, recurrence, rotate, slot_of, triton)
+from kernels import (SCORES, allowed, attention, attention_chunk, attention_topk, block_summaries, count_keys, cross_entropy_,
+                     decode, decode_topk, keys_per_query, on_grid, positions, recurrence, rotate, slot_of, triton)
 
 # ---------------------------------------------------------------------------------------------
 # Patterns: who may attend to whom
@@ -383,23 +383,20 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     x (N, C), weight (V, C), targets (N,) int; returns a scalar, float32 (float64 for float64 inputs). `dtype`, the
     compute dtype, is that of the matrix products; softmax and the sums are float32. Tokens go by in chunks of `rows`,
-    enough to keep the products busy; with `grad`, a chunk's gradient is taken while its logits are there, so that
-    backward only scales dx and dW. Bytes held in bfloat16: 2 rows V of logits and as many of dz, 2 N C of dx, 4 V C of
-    dW. The logits of all tokens would be 2 N V, and 4 N V in float32.
+    enough to keep the products busy; with `grad`, a chunk's logits become their own gradient, of which dx and dW follow
+    at once, so that backward only scales them. Bytes held in bfloat16: 2 rows V of logits, 2 N C of dx, 4 V C of dW. The
+    logits of all tokens would be 2 N V, and 4 N V in float32.
     """
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, grad, rows=4096):
         acc = torch.promote_types(dtype, torch.float32)
-        w, vocabulary = weight.to(dtype), torch.arange(len(weight), device=x.device)
-        loss, dx, dw = x.new_zeros((), dtype=acc), [], torch.zeros_like(weight, dtype=acc) if grad else None
-        for x_rows, y in zip(x.to(dtype).split(rows), targets[:, None].split(rows)):
-            counted, y = y != -100, y.clamp(min=0)                                       # (rows, 1)
-            logp = (x_rows @ w.T).log_softmax(-1, dtype=acc)                             # (rows, V)
-            loss -= (logp.gather(1, y) * counted).sum()
-            if grad:
-                dz = ((logp.exp() - (vocabulary == y).to(acc)) * counted).to(dtype)
-                dx.append(dz @ w)
-                dw += dz.T @ x_rows
+        w, loss, dx, dw = weight.to(dtype), 0, [], torch.zeros_like(weight, dtype=acc) if grad else None
+        for x_rows, y in zip(x.to(dtype).split(rows), targets.split(rows)):
+            z = x_rows @ w.T                                                             # (rows, V)
+            loss = loss + cross_entropy_(z, y, grad).sum()
+            if grad:                                                                     # z is dz now
+                dx.append(z @ w)
+                dw += z.T @ x_rows
         if grad:
             ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw.to(weight.dtype))
         return loss
@@ -439,26 +436,22 @@ class RATPlus(nn.Module):
     def head(self, x):
         return F.linear(self.norm(x), self.embed.weight)
 
-    def summed_loss(self, x, targets):
-        """Cross-entropy of what `hidden` returned, summed over the targets that are not -100."""
-        weight, kind = self.embed.weight, x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return LinearCrossEntropy.apply(self.norm(x).flatten(0, 1), weight, targets.flatten(), dtype, torch.is_grad_enabled())
-
     def forward(self, idx, pattern="D1"):
         """Logits (B, T, V) of idx (B, T), every position in parallel. ValueError for a pattern that does not fit."""
         return self.head(self.hidden(idx, Pattern.parse(pattern).fit(self.config)))
 
     def loss(self, idx, targets, pattern="D1"):
         """Mean cross-entropy in nats over targets (B, T) that are not -100, a float32 scalar; 0 if all are."""
-        x = self.hidden(idx, Pattern.parse(pattern).fit(self.config))
-        return self.summed_loss(x, targets) / (targets != -100).sum().clamp(min=1)
+        x, weight = self.norm(self.hidden(idx, Pattern.parse(pattern).fit(self.config))), self.embed.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        total = LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, torch.is_grad_enabled())
+        return total / (targets != -100).sum().clamp(min=1)
 
     def compile(self, **options):
-        """torch.compile the blocks and the loss, each by itself: the blocks are alike, so that one graph a rule serves all."""
+        """torch.compile the blocks, each by itself: they are alike, so that one graph a rule serves all."""
         for block in self.blocks:
             block.compile(**options)
-        self.summed_loss = torch.compile(self.summed_loss, **options)
 
     def new_cache(self, batch, max_len, pattern="D1", device=None):
         """An empty Cache for `batch` sequences of up to max_len tokens, in the compute dtype (autocast's or the weights').
