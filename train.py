@@ -119,7 +119,8 @@ def fit(model, config, passes, batch, optimizer, first=0, due=lambda step: False
 
     passes: the patterns of (6) in order, each a full update on the same batch. batch(step) -> idx, targets.
     The host runs ahead of the device and waits for it only to make a record. ValueError then if a loss or a norm is not
-    finite: that can't heal unseen, as the weights are lost by then, and no caller saves them without a record.
+    finite, which can't heal unseen, as the weights are lost by then, or if no gradient arrives at all; no caller saves the
+    weights without a record.
     """
     loss_fn, losses, peak = trainable(model, config), {}, peak_flops(config)
     tokens, flops = config.batch_size * config.context, flops_per_token(model.config, passes, config.context)
@@ -137,7 +138,7 @@ def fit(model, config, passes, batch, optimizer, first=0, due=lambda step: False
             continue
         *values, norm = summed(torch.stack((*losses.values(), norm / WORLD)).double().cpu()).tolist()
         seconds = (time.perf_counter() - start) / steps
-        if not all(map(math.isfinite, (*values, norm))):
+        if not all(map(math.isfinite, (*values, norm))) or norm == 0:
             raise ValueError(f"training stopped: loss {values[-1]}, gradient norm {norm} at step {done}; "
                              "the last checkpoint is untouched")
         if step == first:

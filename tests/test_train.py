@@ -173,6 +173,12 @@ def test_what_is_not_finite_is_found_before_the_caller_can_save(monkeypatch):
     assert steps == [1]
 
 
+def test_a_run_that_gets_no_gradient_is_stopped(monkeypatch):
+    monkeypatch.setattr(train.Loss, "forward", lambda self, *args: sum(0 * p.sum() for p in self.parameters()) + 5)
+    with pytest.raises(ValueError, match="gradient norm 0.0 at step 1"):
+        next(small_fit())
+
+
 def test_a_batch_that_does_not_split_is_refused():
     with pytest.raises(ValueError, match="--batch-size 16 does not split into --grad-accum 3 x 1 processes"):
         train.TrainConfig(batch_size=16, grad_accum=3, device="cpu").check()
