@@ -1194,6 +1194,9 @@ def cross_entropy_ref(z, y, grad):
 # the place of z. Scores are in units of log2, as in attention. Grid: rows. Bytes per logit in bf16: reads 2, writes 2; the
 # second reading finds the row, 100 KB at a vocabulary of 50304, in the L2 cache.
 
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
 @jit
 def cross_entropy_kernel(z, y, loss, V, BV: tl.constexpr, GRAD: tl.constexpr):
     """z (rows, V) contiguous; y (rows,) int64, negative where nothing counts; loss (rows,) float32."""
@@ -1201,19 +1204,19 @@ def cross_entropy_kernel(z, y, loss, V, BV: tl.constexpr, GRAD: tl.constexpr):
     z += row * V
     label = tl.load(y + row)
     counted = label >= 0
-    z_y = tl.load(z + label, mask=counted, other=0).to(tl.float32) * 1.4426950408889634             # log2(e)
+    z_y = tl.load(z + label, mask=counted, other=0).to(tl.float32) * LOG2E
     m, l = tl.full((BV,), EMPTY, tl.float32), tl.zeros((BV,), tl.float32)
     for v0 in range(0, V, BV):
-        x = tl.load(z + v0 + v, mask=v0 + v < V, other=-float("inf")).to(tl.float32) * 1.4426950408889634
+        x = tl.load(z + v0 + v, mask=v0 + v < V, other=-float("inf")).to(tl.float32) * LOG2E
         top = tl.maximum(m, x)
         l = l * tl.exp2(m - top) + tl.exp2(x - top)
         m = top
     top = tl.max(m, 0)                                             # a barrier: all have read z_y before one overwrites it
     lse = top + tl.log2(tl.sum(l * tl.exp2(m - top), 0))
-    tl.store(loss + row, tl.where(counted, (lse - z_y) * 0.6931471805599453, 0))                    # ln(2)
+    tl.store(loss + row, tl.where(counted, (lse - z_y) / LOG2E, 0))
     if GRAD:
         for v0 in range(0, V, BV):
-            x = tl.load(z + v0 + v, mask=v0 + v < V, other=0).to(tl.float32) * 1.4426950408889634
+            x = tl.load(z + v0 + v, mask=v0 + v < V, other=0).to(tl.float32) * LOG2E
             dz = tl.where(counted, tl.exp2(x - lse) - tl.where(v0 + v == label, 1.0, 0.0), 0)
             tl.store(z + v0 + v, dz.to(z.dtype.element_ty), mask=v0 + v < V)
 
@@ -1322,6 +1325,10 @@ def check(device, quick=False):
             ops, names = (recurrence_flat, recurrence_ref), (("k_rec", "v_rec", "k_end", "v_end"), ("x", "k0", "v0"))
             for name, error in compare(*(lambda *xs, f=f: scan(f, *xs) for f in ops), names, (x, *state)):
                 yield "recurrence", dtype, f"T {T}", name, error, limit
+            angles = torch.rand(2, T, Dh // 2, device=device)
+            ops = [lambda x, f=f: (f(x.transpose(1, 3)[:, :, 1], *angles),) for f in (rotate, rotate_ref)]
+            for name, error in compare(*ops, (("y",), ("x",)), (x,)):
+                yield "rotate", dtype, f"T {T}", name, error, limit
             for span in ((16, 0, 0), (5, 7, 3)) if quick else ((1, 0, 0), (16, 0, 0), (5, 7, 3), (0, 40, 4), (64, 500, 400)):
                 ops = [lambda x, f=f: (f(*x.transpose(1, 3).unbind(2)[1:4], *span),) for f in (attention, attention_ref)]
                 for name, error in compare(*ops, (("y",), ("x",)), (x,)):

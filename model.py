@@ -285,7 +285,7 @@ class GroupCache:
 
         q, k_rec, v_rec: (B, heads, T, Dh), after RoPE. Returns (B, heads, T, Dh).
         """
-        (dilation, window, sinks), T, end, device = self.span, q.shape[2], start + q.shape[2], q.device
+        (dilation, window, _), T, end, device = self.span, q.shape[2], start + q.shape[2], q.device
         if dilation == 1:
             self.k[:, :, start:end], self.v[:, :, start:end] = k_rec, v_rec
             if start == 0:
@@ -420,6 +420,12 @@ class RATPlus(nn.Module):
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02)
 
+    @property
+    def compute_dtype(self):
+        """The dtype of matrix products: autocast's, or the weights'."""
+        weight, kind = self.embed.weight, self.embed.weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
     def hidden(self, idx, pattern, cache=None):
         """(B, T) int -> (B, T, C): all but the last norm and the output head. With a cache, idx continues what it has seen."""
         t = torch.arange(idx.shape[1], device=idx.device) + (cache.seen if cache else 0)
@@ -443,9 +449,8 @@ class RATPlus(nn.Module):
     def loss(self, idx, targets, pattern="D1"):
         """Mean cross-entropy in nats over targets (B, T) that are not -100, a float32 scalar; 0 if all are."""
         x, weight = self.norm(self.hidden(idx, Pattern.parse(pattern).fit(self.config))), self.embed.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        total = LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), dtype, torch.is_grad_enabled())
+        grad = torch.is_grad_enabled()
+        total = LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.compute_dtype, grad)
         return total / (targets != -100).sum().clamp(min=1)
 
     def compile(self, **options):
@@ -458,10 +463,8 @@ class RATPlus(nn.Module):
 
         device: the weights' own; "meta" allocates nothing and still knows its nbytes.
         """
-        weight, kind = self.embed.weight, self.embed.weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         pattern = Pattern.parse(pattern).fit(self.config)
-        return Cache(self.config, batch, max_len, pattern, dtype, device or weight.device)
+        return Cache(self.config, batch, max_len, pattern, self.compute_dtype, device or self.embed.weight.device)
 
     @torch.no_grad()
     def prefill(self, idx, cache, chunk=8192):

@@ -85,6 +85,7 @@ def trainable(model, config):
     """The Loss to train with, by the flags: compiled, checkpointed, its gradients averaged over the processes."""
     model.checkpointing, loss_fn = config.checkpointing, Loss(model, config)
     if config.compile:
+        torch._dynamo.config.optimize_ddp = False               # DDP need not cut through the graph of a block
         torch._dynamo.config.recompile_limit = 64               # graphs: one for each rule of the patterns and each shape
         model.compile(dynamic=False)
     return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True) if WORLD > 1 else loss_fn
