@@ -388,7 +388,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     logits of all tokens would be 2 N V, and 4 N V in float32.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, grad, rows=4096):
+    def forward(ctx, x, weight, targets, dtype, grad, rows=8192):
         acc = torch.promote_types(dtype, torch.float32)
         w, loss, dx, dw = weight.to(dtype), 0, [], torch.zeros_like(weight, dtype=acc) if grad else None
         for x_rows, y in zip(x.to(dtype).split(rows), targets.split(rows)):

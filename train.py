@@ -219,7 +219,7 @@ def in_order(step, config, length):
 
 
 def at_random(step, config, length):
-    """Starts of an adaptation batch: random offsets, the same for the same seed and step."""
+    """Starts of an adaptation batch, or with --random a pretraining one: random offsets, the same for the same seed and step."""
     return np.random.default_rng((config.seed, step)).integers(0, length - config.context, config.batch_size)
 
 
@@ -648,6 +648,7 @@ class TrainConfig(FitFlags):
     recurrence: bool = flag(True, "--no-recurrence: the attention-only baseline")
     arl: str | None = flag(None, "pattern of the sparse updates, or none; default: D64, none without recurrence")
     vocab_size: int | None = flag(None, "rounded up to a multiple of 64; default: the tokenizer's, else the largest token + 1")
+    random: bool = flag(False, "windows at random offsets, as in adaptation, instead of the first tokens in order")
     eval_interval: int = flag(250, "steps between validations; each saves a checkpoint")
 
 
@@ -754,7 +755,8 @@ def main():
         return leaving or step % config.eval_interval == 0
 
     def batch(step):
-        return cut(train, in_order(step, config, len(train)), config.context, config.eot)
+        starts = at_random if config.random else in_order
+        return cut(train, starts(step, config, len(train)), config.context, config.eot)
 
     with open_log(path[:-len("pt")] + "jsonl", first) as log:
         tokens, updates = config.steps * config.batch_size * config.context, " then ".join(map(str, passes))
