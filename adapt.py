@@ -7,7 +7,8 @@ The pattern P is fixed and ARL is off. The learning rate starts at a tenth of pr
 batches are drawn at random offsets. The paper spends 1 % of the pretraining tokens on it.
 
 `python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. Flags that are not given
-take what the pretraining used, but for --steps (1 % of its steps, at least 40), --lr (a tenth of its) and --warmup (none).
+take what the pretraining used, but for --steps (1 % of its steps, at least 40), --lr (a tenth of its), --warmup (none) and what
+is no part of the recipe: --seed, --dtype, --score, --device and --compile.
 """
 import copy
 import os

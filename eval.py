@@ -85,8 +85,7 @@ def reach(model, tokens, config):
 
 def open_run(dense, given):
     """One run: (its name, config, validation data, dense model, [(pattern, weights, model to run under it)], dense first)."""
-    config = EvalConfig(**given)
-    model, meta = load_checkpoint(dense, config.device)
+    model, meta = load_checkpoint(dense, EvalConfig(**given).device)
     config = of_run(EvalConfig, dense, meta, given)
     _, val, _ = load_data(config, model.config.vocab_size)
     header(model, config)
@@ -107,7 +106,8 @@ def measure(dense, given):
     name, config, val, model, versions = open_run(dense, given)
     losses, costs, T = {}, {}, config.context
     for parsed, label, version in versions:
-        pattern, cache = str(parsed), model.new_cache(1, T, parsed, device="meta")
+        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            pattern, cache = str(parsed), model.new_cache(1, T, parsed, device="meta")
         costs[pattern] = parsed.keys_per_token(model.config, T), cache.nbytes / T, cache.read(torch.arange(T))
         losses[pattern, label] = evaluate(version, val, parsed, config)
         print(f"{pattern} {label}: loss {losses[pattern, label]:.4f}", flush=True)

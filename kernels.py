@@ -20,10 +20,12 @@ over on CUDA, unasked, by the same names and with gradients; `path` says in ever
   t, p             int64 tensors     position of a query, position of a key
   B T C H Dh                         batch, time, channels (C = H * Dh), heads, head width
 
-In kernels: BT, BC, BM, BN are the sides of a program's tile (time, channels, queries, keys); a trailing comment gives a
-tile's shape. A program is one block of GPU threads; programs run in the order of their number, many at once.
+In kernels: BT, BC, BM, BN, BD are the sides of a program's tile (time, channels, queries, keys, Dh up to a power of 2); a
+trailing comment gives a tile's shape. A program is one block of GPU threads; programs run in the order of their number, many
+at once.
 
-`python kernels.py` checks everything against float64 loops on fresh random inputs, then times it on a GPU.
+`python kernels.py` checks the operations against float64 on fresh random inputs, then times them on a GPU. (Attention of a
+chunk and top-k blocks are left to tests/.)
 """
 import argparse
 import math
@@ -333,15 +335,8 @@ def recurrence_backward_fake(k, v, g, k_rec, v_rec, dk_rec, dv_rec, dk_end, dv_e
     return [x.new_empty(x.shape) for x in (k, v, g, dk_end, dv_end)]
 
 
-def recurrence_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output[:2])
-
-
-def recurrence_grad(ctx, *grads):
-    return tuple(recurrence_backward(*ctx.saved_tensors, *grads))
-
-
-recurrence_forward.register_autograd(recurrence_grad, setup_context=recurrence_setup)
+recurrence_forward.register_autograd(lambda ctx, *grads: tuple(recurrence_backward(*ctx.saved_tensors, *grads)),
+                                     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output[:2]))
 
 
 def recurrence(k, v, g, state=None):
@@ -450,11 +445,6 @@ def count_keys(t, dilation, window, sinks, block=1, topk=1):
     first = torch.minimum((t - window).clamp(min=0), end)          # from here to `end`, all are in the window
     granted = end - first + lasting[first]                         # in all past blocks together
     return t - end + 1 + taken * block + granted * (1 - taken.double() / past.clamp(min=1))
-
-
-def keys_per_query(T, dilation, window, sinks, block=1, topk=1):
-    """Mean number of keys of the queries of T positions, as `count_keys` counts them."""
-    return count_keys(torch.arange(T), dilation, window, sinks, block, topk).mean().item()
 
 
 def attention_at(q, k_rec, v_rec, t, p, dilation, window, sinks):
@@ -806,9 +796,7 @@ def attention_backward(dy: torch.Tensor, q: torch.Tensor, k_rec: torch.Tensor, v
     return [dq, dk, dv]
 
 
-@attention_backward.register_fake
-def attention_backward_fake(dy, q, k_rec, v_rec, y, lse, dilation, window, sinks):
-    return [new_heads(q) for _ in range(3)]
+attention_backward.register_fake(lambda dy, q, *rest: [new_heads(q) for _ in range(3)])
 
 
 def attention_setup(ctx, inputs, output):
@@ -816,11 +804,8 @@ def attention_setup(ctx, inputs, output):
     ctx.span = inputs[3:]
 
 
-def attention_grad(ctx, dy, _):
-    return *attention_backward(dy, *ctx.saved_tensors, *ctx.span), None, None, None
-
-
-attention_forward.register_autograd(attention_grad, setup_context=attention_setup)
+attention_forward.register_autograd(lambda ctx, dy, _: (*attention_backward(dy, *ctx.saved_tensors, *ctx.span), *3 * [None]),
+                                    setup_context=attention_setup)
 
 
 def attention(q, k_rec, v_rec, dilation, window, sinks):
@@ -1022,21 +1007,18 @@ def combine_kernel(y, x, state, cos, sin, k_cache, v_cache, length, partial, y_r
         tl.store(v_cache + at, v_rec.to(v_cache.dtype.element_ty), mask=mine)
 
 
-DECODE = dict(elements=4096, STAGES=3, num_warps=4)            # of a tile: 32 keys of 128 channels; two more tiles under way
-
-
 def decode_triton(y, x, state, rope, k_cache, v_cache, length, dilation, window, sinks, splits=None):
     """`decode` by the kernels above. splits: how many programs share a head's slots; None: enough to fill the GPU."""
     (B, h, slots, Dh), parts = k_cache.shape, x.shape[1]
     BD = triton.next_power_of_2(Dh)
-    BN = max(DECODE["elements"] // BD, 16)
+    BN = max(4096 // BD, 16)                                       # 32 keys of 128 channels, and two more tiles under way
     if splits is None:
         units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         splits = max(1, min(64, slots // (2 * BN), 16 * units // (B * h)))
     partial = torch.empty(B * h, splits, Dh + 2, dtype=torch.float32, device=x.device)
     span, sizes, scale = dict(D=dilation, W=window, S=sinks), dict(Dh=Dh, BD=BD), math.log2(math.e) / math.sqrt(Dh)
     attend_kernel[B * h, splits](x, *rope, k_cache, v_cache, length, partial, x.stride(0), x.stride(1), h, slots, scale,
-                                 **span, **sizes, BN=BN, STAGES=DECODE["STAGES"], num_warps=DECODE["num_warps"])
+                                 **span, **sizes, BN=BN, STAGES=3, num_warps=4)
     combine_kernel[B * h,](y, x, state, *rope, k_cache, v_cache, length, partial, y.stride(0), x.stride(0), x.stride(1),
                            state.stride(1), state.stride(0), h, slots, scale, splits, **span, **sizes,
                            BS=triton.next_power_of_2(splits), RECURRENCE=parts == 5, num_warps=4)
@@ -1318,12 +1300,9 @@ def check(device, quick=False):
                 yield "cross-entropy", dtype, f"V {V}", name, relative_error(x, x64), limit
         for T in (37, 300) if quick else (1, 2, 37, 300, 1500)[:4 if device == "cpu" else 5]:
             x, state = torch.randn(B, T, 5, H, Dh, device=device).to(dtype), torch.randn(2, B, H * Dh, device=device)
-
-            def scan(f, x, *state):
-                return f(*x.flatten(3).unbind(2)[2:], *state)
-
-            ops, names = (recurrence_flat, recurrence_ref), (("k_rec", "v_rec", "k_end", "v_end"), ("x", "k0", "v0"))
-            for name, error in compare(*(lambda *xs, f=f: scan(f, *xs) for f in ops), names, (x, *state)):
+            ops = [lambda x, *state, f=f: f(*x.flatten(3).unbind(2)[2:], *state) for f in (recurrence_flat, recurrence_ref)]
+            names = ("k_rec", "v_rec", "k_end", "v_end"), ("x", "k0", "v0")
+            for name, error in compare(*ops, names, (x, *state)):
                 yield "recurrence", dtype, f"T {T}", name, error, limit
             angles = torch.rand(2, T, Dh // 2, device=device)
             ops = [lambda x, f=f: (f(x.transpose(1, 3)[:, :, 1], *angles),) for f in (rotate, rotate_ref)]
@@ -1438,7 +1417,7 @@ def benchmark(quick):
         ways = ("", lambda f: lambda: f(*qkv), 8, 4), (" forward + backward", lambda f: with_gradients(f, qkv), 24, 14)
         dense_ms = [milliseconds(wrap(dense)) for _, wrap, _, _ in ways]
         for name, span in (("D16", (16, 0, 0)), ("D64", (64, 0, 0)), ("D16W256S4", (16, 256, 4)), ("W1024S4", (0, 1024, 4))):
-            flops, peer = n * keys_per_query(T, *span), None if quick else flex(span, T)
+            flops, peer = n * count_keys(torch.arange(T), *span).mean().item(), None if quick else flex(span, T)
             for (way, wrap, n_bytes, n_flops), sdpa_ms in zip(ways, dense_ms):
                 ours = milliseconds(wrap(lambda *x: (attention(*x, *span),)))
                 peers = {"dense SDPA": sdpa_ms, **({} if quick else {"flex_attention": attempt(lambda: wrap(peer))})}

@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (SCORES, allowed, attention, attention_chunk, attention_topk, block_summaries, count_keys, cross_entropy_,
-                     decode, decode_topk, keys_per_query, on_grid, positions, recurrence, rotate, slot_of, triton)
+                     decode, decode_topk, on_grid, positions, recurrence, rotate, slot_of, triton)
 
 # ---------------------------------------------------------------------------------------------
 # Patterns: who may attend to whom
@@ -141,7 +141,7 @@ class Pattern:
 
     def keys_per_token(self, config, T):
         """Mean number of keys per query in a window of T tokens, over positions, layers and heads. Top-k: see `count_keys`."""
-        total = sum(keys_per_query(T, *rule.sizes) * (heads.stop - heads.start)
+        total = sum(count_keys(torch.arange(T), *rule.sizes).mean().item() * (heads.stop - heads.start)
                     for i in range(config.n_layer) for rule, heads in self.groups(i, config.n_head))
         return total / (config.n_layer * config.n_head)
 
@@ -186,17 +186,11 @@ PRESETS = {
 }
 
 
-@torch.library.custom_op("rat::rope_angles", mutates_args=())      # or torch.compile would compute them again at every use
-def rope_angles(t: torch.Tensor, Dh: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_angles(t, Dh):
     """cos and sin (T, Dh/2), float32, of the absolute positions t (T,), base 10000."""
     frequency = 10000.0 ** (-torch.arange(0, Dh, 2, device=t.device, dtype=torch.float32) / Dh)
     angle = t[:, None].float() * frequency
     return angle.cos(), angle.sin()
-
-
-@rope_angles.register_fake
-def rope_angles_fake(t, Dh):
-    return tuple(t.new_empty(len(t), Dh // 2, dtype=torch.float32) for _ in range(2))
 
 
 class Mixing(nn.Module):
@@ -261,12 +255,8 @@ class GroupCache:
         dilation, window, sinks = rule.span if rule.dilation != 1 else (1, 0, 0)         # D1: all are on the grid
         self.rule, self.span = rule, (dilation, min(window, max_len), min(sinks, max_len))
         slots = sum(self.span[1:]) + (max_len // dilation if dilation else 0)
-        self.k, self.v = (torch.zeros(batch, heads, slots, Dh, dtype=dtype, device=device) for _ in "kv")
-
-    @property
-    def tensors(self):
-        """All that is allocated."""
-        return [self.k, self.v]
+        self.tensors = [torch.zeros(batch, heads, slots, Dh, dtype=dtype, device=device) for _ in "kv"]      # all there are
+        self.k, self.v = self.tensors
 
     def held(self, seen):
         """How many positions are held after `seen` tokens."""
@@ -316,10 +306,7 @@ class TopkCache(GroupCache):
         super().__init__(Rule(dilation=1), batch, heads, Dh, -(-max_len // block) * block, dtype, device)
         self.rule = replace(rule, block=block, window=min(rule.window, max_len), sinks=min(rule.sinks, max_len))
         self.summaries = block_summaries(self.k, block, rule.score)
-
-    @property
-    def tensors(self):
-        return [self.k, self.v] + [self.summaries] * (self.rule.score != "last")
+        self.tensors += [self.summaries] * (rule.score != "last")
 
     def read(self, t):
         return super().read(t) + (t // self.rule.block).double().mean().item() * self.summaries[:, :, :1].nbytes
@@ -384,7 +371,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     x (N, C), weight (V, C), targets (N,) int; returns a scalar, float32 (float64 for float64 inputs). `dtype`, the
     compute dtype, is that of the matrix products; softmax and the sums are float32. Tokens go by in chunks of `rows`,
     enough to keep the products busy; with `grad`, a chunk's logits become their own gradient, of which dx and dW follow
-    at once, so that backward only scales them. Bytes held in bfloat16: 2 rows V of logits, 2 N C of dx, 4 V C of dW. The
+    at once, so that backward only scales them. Bytes held in bfloat16: 2 rows V of logits, 4 N C of dx, 4 V C of dW. The
     logits of all tokens would be 2 N V, and 4 N V in float32.
     """
     @staticmethod
@@ -615,8 +602,9 @@ def from_authors(data):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.exit("usage: python model.py PATTERN [T]")
     try:
-        text, T = sys.argv[1], int(sys.argv[2]) if sys.argv[2:] else 20
-        print(Pattern.parse(text).draw(T))
-    except (ValueError, IndexError) as error:
-        sys.exit(f"model.py: {error}; usage: python model.py PATTERN [T]")
+        print(Pattern.parse(sys.argv[1]).draw(int(sys.argv[2]) if sys.argv[2:] else 20))
+    except ValueError as error:
+        sys.exit(f"model.py: {error}")

@@ -4,7 +4,7 @@ Sparse inference: a prompt in, text out as it is generated, dense or under any p
 Prefill runs the prompt in parallel and fills the cache; each step then adds one token to it. With dilation D the cache
 holds every D-th position only, so its bytes and the keys read per token fall D times. A step has to read, at the least,
 
-  bytes = weights, once for the whole batch  +  batch * (keys * 2 * C * 2 in bf16, and the recurrent state)
+  bytes = weights, once for the whole batch  +  batch * L * (keys * 2 * C * 2 in bf16, and the recurrent state)
 
 so one sequence is bound by the weights and gains little, while a large batch is bound by the cache, and a small cache makes
 room for a large batch: that is where the speed is. The keys are all that is held; with top-k blocks, which hold every position,
@@ -55,7 +55,7 @@ def sample(config):
     model.to(getattr(torch, config.dtype))
     header(model, config)
     if meta["pattern"] != str(pattern):
-        print(f"warning: {path} was not adapted to {pattern}, but to {meta['pattern']}; see adapt.py", file=sys.stderr)
+        print(f"warning: {path} was trained for {meta['pattern']}, not for {pattern}; see adapt.py", file=sys.stderr)
     coder = Tokenizer(config.tokenizer or meta["tokenizer"])
     prompt = ("1" if coder.name == "ids" else "def ") if config.prompt is None else config.prompt
     idx = torch.tensor([list(coder.encode(prompt))], dtype=torch.long, device=config.device)

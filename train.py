@@ -9,7 +9,7 @@ positions that a dilation skips. So every batch is used twice, each time for a f
 
   code            paper
   arl             joint training; its pattern is the training dilation, D64
-  no_recurrence   the attention-only baseline (implies --arl none)
+  recurrence      False, --no-recurrence: the attention-only baseline; --arl is none then, unless given
   context         sequence length T
 
 `python train.py` trains the laptop preset on the source of Python's own standard library, as bytes, without a network;
@@ -60,8 +60,7 @@ def schedule(step, config):
 
 def new_optimizer(model, config):
     """AdamW, fused, with decay on all parameters as in the authors' code."""
-    decay = config.weight_decay
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
 
 
 def move(z, config):
@@ -82,7 +81,7 @@ class Loss(torch.nn.Module):
 
 
 def trainable(model, config):
-    """The Loss to train with, by the flags: compiled, checkpointed, its gradients averaged over the processes."""
+    """The Loss to train with, by the flags: its blocks compiled, checkpointed, its gradients averaged over the processes."""
     model.checkpointing, loss_fn = config.checkpointing, Loss(model, config)
     if config.compile:
         torch._dynamo.config.optimize_ddp = False               # DDP need not cut through the graph of a block
@@ -120,8 +119,8 @@ def fit(model, config, passes, batch, optimizer, first=0, due=lambda step: False
 
     passes: the patterns of (6) in order, each a full update on the same batch. batch(step) -> idx, targets.
     The host runs ahead of the device and waits for it only to make a record. ValueError then if a loss or a norm is not
-    finite, which can't heal unseen, as the weights are lost by then, or if no gradient arrives at all; no caller saves the
-    weights without a record.
+    finite (weights that are once lost stay so: a look at each record misses nothing), or if the gradient is zero; no caller
+    saves the weights without a record.
     """
     loss_fn, losses, peak = trainable(model, config), {}, peak_flops(config)
     tokens, flops = config.batch_size * config.context, flops_per_token(model.config, passes, config.context)
@@ -361,7 +360,7 @@ def load_data(config, vocab_size=None):
 # ---------------------------------------------------------------------------------------------
 # Retrieval: needles in a haystack, in the eight forms of RULER, in text of our own
 
-ADJECTIVES, NOUNS, VERBS = (words.split() for words in (            # a token each in GPT-2's vocabulary, and as many bytes
+ADJECTIVES, NOUNS, VERBS = (words.split() for words in (            # five letters, and one GPT-2 token, each
     """basic black blank blind brown chief civil clean clear crazy daily dirty early empty equal final fixed fresh fried grand
     great green happy heavy human inner large legal light local lower magic major metal moral outer plain prime quick quiet
     ready rival rough round sharp short small smart solid steel still sweet tight total upper urban usual white worst young""",
@@ -445,7 +444,7 @@ class Niah:
         if of_needles:
             n = distinct = max(1, min(rounds, T // (3 * found.shape[1])))        # a third of the text, and one for the questions
             found = found[:n]
-        depths = np.append(number * 0.618034 % 1, rng.random(n - 1))       # the first one's: even, however many samples there are
+        depths = np.append(number * 0.618034 % 1, rng.random(n - 1))       # of the first: by the golden ratio, evenly
         if distinct < n:
             depths.sort()                                       # the values of one key are told in the order of the text
         told = np.arange(min(rounds * asked, n)).reshape(-1, asked)
@@ -537,10 +536,10 @@ class FitFlags(DataFlags):
     warmup: float = flag(0.05, "share of the steps that warms up")
     weight_decay: float = flag(0.1, "of AdamW, on all parameters")
     clip: float = flag(1.0, "largest gradient norm")
-    compile: bool | None = flag(None, "torch.compile the loss; default: on a GPU, where triton is installed")
+    compile: bool | None = flag(None, "torch.compile the blocks; default: on a GPU, where triton is installed")
     checkpointing: bool = flag(False, "hold the inputs of blocks only and compute the rest again, for long contexts")
     log_interval: int = flag(10, "steps between log lines")
-    resume: bool = flag(False, "go on with what --out holds")
+    resume: bool = flag(False, "go on with what --out holds; adapt.py: keep its finished patterns")
     overwrite: bool = flag(False, "start anew where --out holds it already")
 
     def __post_init__(self):
