@@ -302,7 +302,7 @@ class TopkCache(GroupCache):
     """
 
     def __init__(self, rule, batch, heads, Dh, max_len, dtype, device):
-        block = min(rule.block, max_len)
+        block = max(1, min(rule.block, max_len))
         super().__init__(Rule(dilation=1), batch, heads, Dh, -(-max_len // block) * block, dtype, device)
         self.rule = replace(rule, block=block, window=min(rule.window, max_len), sinks=min(rule.sinks, max_len))
         self.summaries = block_summaries(self.k, block, rule.score)
@@ -318,7 +318,8 @@ class TopkCache(GroupCache):
         end, block = start + q.shape[2], self.rule.block
         self.k[:, :, start:end], self.v[:, :, start:end] = k_rec, v_rec
         first, last = start // block, -(-end // block)
-        self.summaries[:, :, first:last] = block_summaries(self.k[:, :, first * block:last * block], block, self.rule.score)
+        if self.rule.score != "last":
+            self.summaries[:, :, first:last] = block_summaries(self.k[:, :, first * block:last * block], block, self.rule.score)
         return self.rule.attend(q, self.k[:, :, :end], self.v[:, :, :end])
 
 
@@ -326,7 +327,8 @@ class Cache:
     """What decoding keeps: RATPlus.new_cache makes it, prefill and step fill it, up to max_len tokens.
 
     length: tokens seen so far, as the host counts; seen: the same on the device (1,). groups[layer][group]: a GroupCache.
-    state[layer]: k~ (before RoPE) and v~ of the last token, (2, B, C) float32; (2, B, 0) without recurrence.
+    state[layer]: k~ (before RoPE) and v~ of the last token, (2, B, C) float32 (float64 with a cache of that); (2, B, 0) without
+    recurrence.
     """
 
     def __init__(self, config, batch, max_len, pattern, dtype, device):
@@ -336,7 +338,8 @@ class Cache:
         self.groups = [[(TopkCache if rule.topk else GroupCache)(rule, batch, heads.stop - heads.start, Dh, max_len, dtype,
                                                                  device)
                         for rule, heads in pattern.groups(i, config.n_head)] for i in layers]
-        self.state = [torch.zeros(2, batch, config.n_embd * config.recurrence, device=device) for _ in layers]
+        C, exact = config.n_embd * config.recurrence, torch.promote_types(dtype, torch.float32)
+        self.state = [torch.zeros(2, batch, C, dtype=exact, device=device) for _ in layers]
 
     def check(self, T):
         """ValueError, before anything is overwritten, if T more tokens would run past max_len."""
@@ -522,7 +525,8 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None):
                          f"got {temperature}, {top_k}, {top_p}")
     if temperature == 0:
         return logits.argmax(-1)
-    probs, tokens = (logits.float() / temperature).softmax(-1), None
+    below = logits.float() - logits.amax(-1, keepdim=True)             # the likeliest: 0, at the lowest temperature too
+    probs, tokens = (below / max(temperature, 1e-30)).softmax(-1), None
     if top_k is not None or top_p is not None:
         probs, tokens = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]))       # likeliest first
     if top_p is not None:
@@ -544,7 +548,7 @@ def save_checkpoint(path, model, **meta):
     partial = f"{path}.tmp"
     try:
         with open(partial, "wb") as f:
-            torch.save({"config": asdict(model.config), "model": model.state_dict(), **meta}, f)
+            torch.save({**meta, "config": asdict(model.config), "model": model.state_dict()}, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
@@ -605,6 +609,9 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         sys.exit("usage: python model.py PATTERN [T]")
     try:
-        print(Pattern.parse(sys.argv[1]).draw(int(sys.argv[2]) if sys.argv[2:] else 20))
+        T = int(sys.argv[2]) if sys.argv[2:] else 20
+        if not 1 <= T <= 1000:
+            raise ValueError(f"T is from 1 to 1000, not {T}")
+        print(Pattern.parse(sys.argv[1]).draw(T))
     except ValueError as error:
         sys.exit(f"model.py: {error}")

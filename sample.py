@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 
 from model import PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint
-from train import Common, Tokenizer, file_of, flag, header, parse_flags, run
+from train import Common, Tokenizer, file_of, flag, header, out_of_memory, parse_flags, run
 
 
 @dataclass
@@ -153,7 +153,9 @@ def measure_fitting(model, context, pattern, batch, random, config):
     while batch:
         try:
             return measure(model, context, pattern, batch, random, config)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             batch = batch * 15 // 16
         finally:
             gc.collect()

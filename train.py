@@ -500,10 +500,11 @@ class Common:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = f"cuda:{LOCAL_RANK}" if self.gpu and WORLD > 1 else self.device
         try:
-            found = torch.empty(0, device=self.device).device
+            found = torch.zeros(1, device=self.device)
+            found.item()                                        # "meta" has nothing to read
             if self.gpu:
-                torch.cuda.set_device(found)                    # where Triton and NCCL work
-        except (RuntimeError, AssertionError) as error:
+                torch.cuda.set_device(found.device)             # where Triton and NCCL work
+        except (RuntimeError, AssertionError, ImportError) as error:
             raise ValueError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
         self.dtype = self.dtype or ("bfloat16" if self.gpu else "float32")
 
@@ -580,9 +581,14 @@ def parse_flags(cls, description):
     given = vars(parser.parse_args())
     for name, value in given.items():
         least = {"eot": -1, "seed": 0}.get(name, 1 if type(value) is int else 0)
-        if type(value) in (int, float) and not least <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be a number from {least} up")
+        if type(value) in (int, float) and not least <= value <= 2**40:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a number from {least} to 2^40")
     return given
+
+
+def out_of_memory(error):
+    """Whether memory ran out. A CPU's: a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def run(main):
@@ -596,7 +602,9 @@ def run(main):
         sys.stdout = open(os.devnull, "w")
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not (isinstance(error, (ValueError, OSError)) or out_of_memory(error)):
+            raise
         why = f"{name}: {' '.join(str(error).split())}"
         if WORLD == 1:
             sys.exit(why)

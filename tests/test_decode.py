@@ -232,6 +232,17 @@ def test_greedy_generation_is_the_argmax_of_the_parallel_pass(pattern):
         assert model(out, pattern=pattern)[:, 6:-1].argmax(-1).equal(out[:, 7:])
 
 
+@pytest.mark.parametrize("pattern", ["D4W2", "N4K2", "D4N4K2"])
+def test_one_head_of_one_sequence_within_a_block(pattern):
+    """Sizes of 1 make views overlap where others don't: `last` has its summaries in the keys themselves. In float64."""
+    model, idx = tiny(n_layer=1, n_head=1, n_embd=8).double(), torch.randint(50, (1, 3))
+    for score in SCORES:
+        tokens = model.generate(idx, 9, Pattern.parse(pattern, score), temperature=0)
+        expected = model(tokens, Pattern.parse(pattern, score)).argmax(-1)
+        assert tokens[:, 3:].equal(expected[:, 2:-1]), f"{pattern} {score}"
+    assert model.new_cache(1, 0, pattern).length == 0
+
+
 def test_generation_of_nothing():
     idx = torch.randint(50, (2, 5))
     assert tiny().generate(idx, 0).equal(idx)
@@ -279,6 +290,7 @@ def test_sampling_draws_the_right_distribution():
     assert (frequencies(top_k=3, top_p=0.8) - top_2_of_3).abs().max() < 0.02
     assert (frequencies(top_k=9, top_p=1.0) - probs).abs().max() < 0.02             # top_k beyond the vocabulary
     assert frequencies(top_p=0.01)[0] == 1 and frequencies(top_k=1)[0] == 1 and frequencies(temperature=0)[0] == 1
+    assert all(choose(logits.flip(1), temperature=t).eq(3).all() for t in (1e-6, 1e-38, 1e-300)), "as cold as it gets"
 
 
 @pytest.mark.parametrize("wrong", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])

@@ -110,7 +110,7 @@ def test_train_adapt_eval_and_sample(tmp_path):
     out = script("sample", "--pattern", "N4K2", "--score", "minmax", "--tokens", 8, "--device", "cpu")
     assert "out/N4K2.pt with N4K2" in ok(out) and out.stderr == ""
     out = script("sample", "--pattern", "D16", "--tokens", 4, "--device", "cpu")
-    assert ok(out) and out.stderr.count("was not adapted to D16") == 1 and out.stderr.count("\n") == 1
+    assert ok(out) and out.stderr.count("was trained for D1, not for D16") == 1 and out.stderr.count("\n") == 1
 
 
 def test_compare_puts_runs_side_by_side(trained, capsys):
@@ -128,6 +128,12 @@ def test_eval_names_the_model(trained, capsys, arl, name):
     save_checkpoint(trained, model, **{**meta, "train": {**meta["train"], "arl": arl}})
     call("eval", "--device", "cpu")
     assert f"| {name}: loss |" in capsys.readouterr().out
+
+
+def test_the_cache_is_counted_in_the_dtype_of_the_run(trained, capsys):
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        call("eval", "--device", "cpu", "--dtype", dtype)
+        assert f"| D1 | dense | 8.5 | {2 * 16 * width + 2 * 16 * 4 / 16:.0f} (100.0%) |" in capsys.readouterr().out
 
 
 def test_keys_per_token_counts_the_mask():
@@ -362,7 +368,11 @@ def test_pretraining_reads_the_first_tokens_once_in_order():
     assert wrapped.max() + 4 + 1 <= 33, "shorter data starts again, within its bounds"
 
 
-def test_adaptation_reads_at_random_offsets_that_repeat():
+def test_adaptation_reads_at_random_offsets_that_repeat_and_so_does_pretraining_if_asked(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "at_random", lambda step, *rest, draw=train.at_random: drawn.append(step) or draw(step, *rest))
+    call("train", *TINY, "--data", "text", "--steps", 3, "--random", "--device", "cpu")
+    assert drawn == [0, 1, 2]
     config = train.TrainConfig(batch_size=200, context=4, device="cpu")
     a, b, again = train.at_random(0, config, 20), train.at_random(1, config, 20), train.at_random(0, config, 20)
     assert (a == again).all() and (a != b).any() and a.min() == 0 and a.max() == 15
@@ -629,8 +639,10 @@ def refused(capsys, name, *args, why):
     ("train", ["--preset", "huge"], "--preset"),
     ("train", ["--nonsense"], "unrecognized arguments: --nonsense"),
     ("train", ["--steps", "many"], "--steps"),
-    ("train", ["--steps", "0"], "--steps 0: must be a number from 1 up"),
+    ("train", ["--steps", "0"], "--steps 0: must be a number from 1 to 2^40"),
     ("train", ["--lr", "nan"], "--lr"),
+    ("train", ["--seed", "9" * 30], "--seed"),
+    ("train", ["--data", "text", "--device", "meta"], "--device meta"),
     ("train", ["--dtype", "float64"], "--dtype"),
     ("adapt", [], "out/dense.pt"),
     ("adapt", ["--checkpoint", "torn.pt"], "torn.pt: not a whole checkpoint"),
@@ -645,6 +657,7 @@ def refused(capsys, name, *args, why):
     ("sample", ["--out", "nowhere"], "nowhere/dense.pt"),
     ("sample", ["--nonsense"], "unrecognized arguments"),
     ("sample", ["--checkpoint", "torn.pt"], "torn.pt: not a whole checkpoint"),
+    ("sample", ["--checkpoint", GOLDEN / "official_tiny.pth", "--tokens", 2**40], "can't allocate memory"),
 ])
 def test_bad_input_is_one_line(capsys, name, args, why):
     for folder in ("empty", "odd", "nothing", "half"):
@@ -674,7 +687,7 @@ def test_bad_input_is_one_line(capsys, name, args, why):
     ("eval", ["--pattern", "K16"], "'K16'"),
     ("eval", ["--pattern", "N4K2", "--score", "max"], "--score"),
     ("eval", ["--niah"], "--context 16 is too short for single-1"),
-    ("eval", ["--niah", "--samples", "0"], "--samples 0: must be a number from 1 up"),
+    ("eval", ["--niah", "--samples", "0"], "--samples 0: must be a number from 1 to 2^40"),
     ("sample", ["--pattern", "D1/D2/D4"], "do not divide"),
     ("sample", ["--max-len", "3", "--prompt", "1 + 1"], "the cache is too short"),
     ("sample", ["--prompt", ""], "at least one token is needed"),
