@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from model import Pattern, load_checkpoint
-from train import (RANK, WORLD, DataFlags, Tokenizer, evaluate, fingerprint, flag, header, load_data, move, of_run, parse_flags,
-                   run, summed)
+from train import (RANK, WORLD, DataFlags, Tokenizer, autocast, evaluate, fingerprint, flag, header, load_data, move, of_run,
+                   parse_flags, run, summed)
 
 
 @dataclass
@@ -106,7 +106,7 @@ def measure(dense, given):
     name, config, val, model, versions = open_run(dense, given)
     losses, costs, T = {}, {}, config.context
     for parsed, label, version in versions:
-        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        with autocast(config):                                     # the cache has the compute dtype
             pattern, cache = str(parsed), model.new_cache(1, T, parsed, device="meta")
         costs[pattern] = parsed.keys_per_token(model.config, T), cache.nbytes / T, cache.read(torch.arange(T))
         losses[pattern, label] = evaluate(version, val, parsed, config)

@@ -447,6 +447,11 @@ def count_keys(t, dilation, window, sinks, block=1, topk=1):
     return t - end + 1 + taken * block + granted * (1 - taken.double() / past.clamp(min=1))
 
 
+def keys_per_query(T, dilation, window, sinks, block=1, topk=1):
+    """Mean number of keys of the queries of T positions, as `count_keys` counts them."""
+    return count_keys(torch.arange(T), dilation, window, sinks, block, topk).mean().item()
+
+
 def attention_at(q, k_rec, v_rec, t, p, dilation, window, sinks):
     """Attention between explicit positions: queries at t (Tq,), keys at p (Tk,), in any order.
 
@@ -1174,9 +1179,10 @@ def cross_entropy_ref(z, y, grad):
 #
 # A program takes a row: once for the sum, each of its BV lanes with a running maximum of its own, and once for dz, which takes
 # the place of z. Scores are in units of log2, as in attention. Grid: rows. Bytes per logit in bf16: reads 2, writes 2; the
-# second reading finds the row, 100 KB at a vocabulary of 50304, in the L2 cache if not too many rows are under way: a program
-# has 32 warps for that, and only what will be read again is to stay. H100, 8192 rows: 0.82 ms with 8 warps, 0.66 so (2.5 TB/s).
-# A whole row in registers would be read once, but does not fit (46 spilled, 1.2 ms).
+# second reading finds the row, 100 KB at a vocabulary of 50304, in the L2 cache, if few rows are under way at once. So a
+# program takes 32 warps, which leaves room for two a processor, and the hints of eviction keep in the cache what is read again.
+# H100, 8192 rows: 0.82 ms with 8 warps and without hints, 0.66 so (2.5 TB/s). Held in registers a row would be read once, but
+# it does not fit (46 spilled, 1.2 ms).
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -1417,7 +1423,7 @@ def benchmark(quick):
         ways = ("", lambda f: lambda: f(*qkv), 8, 4), (" forward + backward", lambda f: with_gradients(f, qkv), 24, 14)
         dense_ms = [milliseconds(wrap(dense)) for _, wrap, _, _ in ways]
         for name, span in (("D16", (16, 0, 0)), ("D64", (64, 0, 0)), ("D16W256S4", (16, 256, 4)), ("W1024S4", (0, 1024, 4))):
-            flops, peer = n * count_keys(torch.arange(T), *span).mean().item(), None if quick else flex(span, T)
+            flops, peer = n * keys_per_query(T, *span), None if quick else flex(span, T)
             for (way, wrap, n_bytes, n_flops), sdpa_ms in zip(ways, dense_ms):
                 ours = milliseconds(wrap(lambda *x: (attention(*x, *span),)))
                 peers = {"dense SDPA": sdpa_ms, **({} if quick else {"flex_attention": attempt(lambda: wrap(peer))})}

@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (SCORES, allowed, attention, attention_chunk, attention_topk, block_summaries, count_keys, cross_entropy_,
-                     decode, decode_topk, on_grid, positions, recurrence, rotate, slot_of, triton)
+                     decode, decode_topk, keys_per_query, on_grid, positions, recurrence, rotate, slot_of, triton)
 
 # ---------------------------------------------------------------------------------------------
 # Patterns: who may attend to whom
@@ -141,7 +141,7 @@ class Pattern:
 
     def keys_per_token(self, config, T):
         """Mean number of keys per query in a window of T tokens, over positions, layers and heads. Top-k: see `count_keys`."""
-        total = sum(count_keys(torch.arange(T), *rule.sizes).mean().item() * (heads.stop - heads.start)
+        total = sum(keys_per_query(T, *rule.sizes) * (heads.stop - heads.start)
                     for i in range(config.n_layer) for rule, heads in self.groups(i, config.n_head))
         return total / (config.n_layer * config.n_head)
 
@@ -318,7 +318,7 @@ class TopkCache(GroupCache):
         end, block = start + q.shape[2], self.rule.block
         self.k[:, :, start:end], self.v[:, :, start:end] = k_rec, v_rec
         first, last = start // block, -(-end // block)
-        if self.rule.score != "last":
+        if self.rule.score != "last":                              # those are in the keys already
             self.summaries[:, :, first:last] = block_summaries(self.k[:, :, first * block:last * block], block, self.rule.score)
         return self.rule.attend(q, self.k[:, :, :end], self.v[:, :, :end])
 

@@ -68,15 +68,20 @@ def move(z, config):
     return z.contiguous().pin_memory().to(config.device, non_blocking=True) if config.gpu else z.to(config.device)
 
 
+def autocast(config):
+    """A context in which models compute in the dtype of the flags; their weights stay float32."""
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
 class Loss(torch.nn.Module):
     """model.loss in the compute dtype of the flags, as a module: what DDP wraps."""
 
     def __init__(self, model, config):
         super().__init__()
-        self.model, self.bfloat16 = model, config.dtype == "bfloat16"
+        self.model, self.config = model, config
 
     def forward(self, idx, targets, pattern):
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bfloat16):        # the weights stay float32
+        with autocast(self.config):
             return self.model.loss(idx, targets, pattern)
 
 
@@ -587,7 +592,7 @@ def parse_flags(cls, description):
 
 
 def out_of_memory(error):
-    """Whether memory ran out. A CPU's: a plain RuntimeError."""
+    """Whether the error says that memory ran out; a CPU's is a plain RuntimeError of torch."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import (SCORES, allowed, attention, attention_at, attention_ref, attention_topk, block_scores, block_summaries,
-                     check, choose_blocks, compare, count_keys, recurrence, recurrence_flat, recurrence_ref,
+                     check, choose_blocks, compare, count_keys, keys_per_query, recurrence, recurrence_flat, recurrence_ref,
                      relative_error)
 
 PATTERNS = [(1, 0, 0), (1, 9, 3), (4, 0, 0), (16, 0, 0), (7, 5, 3), (64, 16, 4), (0, 12, 4), (0, 0, 0), (0, 0, 5),
@@ -251,4 +251,5 @@ def test_keys_are_counted_as_the_mean_over_all_choices(span):
         choices = itertools.combinations(range(past), min(topk - 1, past))
         counts = [(granted | torch.isin(p // block, torch.tensor([past, *choice]))).sum().item() for choice in choices]
         assert abs(found[i] - sum(counts) / len(counts)) < 1e-9, f"{span} at {i}"
+    assert keys_per_query(30, *span) == pytest.approx(found.mean().item())
     assert count_keys(t[7:8], *span) == found[7]

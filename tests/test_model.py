@@ -308,7 +308,7 @@ def test_model_py_draws_a_pattern():
         return subprocess.run([sys.executable, ROOT / "model.py", *args], capture_output=True, text=True)
     drawn = draw("D4W1S2", "9")
     assert drawn.returncode == 0 and "   8 S S . D . . . D W" in drawn.stdout.splitlines()
-    for args, why in ((["D-1"], "D-1"), (["N4K2"], "N4K2"), (["D4", "-5"], "-5"), (["D4", "9" * 20], "from 1 to 1000"), ([], "usage")):
+    for args, why in ((["D-1"], "D-1"), (["N4K2"], "N4K2"), (["D4", "-5"], "-5"), (["D4", "9" * 20], "1 to 1000"), ([], "usage")):
         wrong = draw(*args)
         assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and why in wrong.stderr
 
@@ -323,7 +323,8 @@ def same(a, b):
 def test_checkpoint_round_trip(tmp_path):
     for recurrence in (True, False):
         model = tiny(recurrence=recurrence)
-        save_checkpoint(tmp_path / "a.pt", model, step=7, config={"x": 1}, pattern="D16", nested={"lr": [0.1, None, "x"]}, state=torch.arange(3))
+        meta = dict(step=7, pattern="D16", nested={"lr": [0.1, None, "x"]}, state=torch.arange(3))
+        save_checkpoint(tmp_path / "a.pt", model, **meta, config="is the model's own")
         loaded, meta = load_checkpoint(tmp_path / "a.pt")
         assert same(model, loaded) and meta["step"] == 7 and meta["nested"] == {"lr": [0.1, None, "x"]}
         assert meta["state"].equal(torch.arange(3)) and meta["pattern"] == "D16" and meta["tokenizer"] == "ids"

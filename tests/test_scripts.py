@@ -368,11 +368,14 @@ def test_pretraining_reads_the_first_tokens_once_in_order():
     assert wrapped.max() + 4 + 1 <= 33, "shorter data starts again, within its bounds"
 
 
-def test_adaptation_reads_at_random_offsets_that_repeat_and_so_does_pretraining_if_asked(monkeypatch):
+def test_pretraining_reads_at_random_offsets_if_asked(monkeypatch):
     drawn = []
     monkeypatch.setattr(train, "at_random", lambda step, *rest, draw=train.at_random: drawn.append(step) or draw(step, *rest))
-    call("train", *TINY, "--data", "text", "--steps", 3, "--random", "--device", "cpu")
+    call("train", *TINY, "--data", "text", "--steps", 3, "--random")
     assert drawn == [0, 1, 2]
+
+
+def test_adaptation_reads_at_random_offsets_that_repeat():
     config = train.TrainConfig(batch_size=200, context=4, device="cpu")
     a, b, again = train.at_random(0, config, 20), train.at_random(1, config, 20), train.at_random(0, config, 20)
     assert (a == again).all() and (a != b).any() and a.min() == 0 and a.max() == 15
