@@ -272,7 +272,7 @@ def documents(source):
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skip and not name.startswith((".", "__pycache__"))]
         for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
-            if path.endswith(".py") or not stdlib:
+            if os.path.isfile(path) and (path.endswith(".py") or not stdlib):                   # no broken link, no pipe
                 found.append((os.path.relpath(path, root).replace(os.sep, "/"), path))
     if not found:
         raise ValueError(f"--data {source}: no such file or folder, or nothing in it")
@@ -403,18 +403,15 @@ class Niah:
         coder, self.seed, self.split, self.tasks = Tokenizer(config.tokenizer), config.seed, split, config.tasks
         self.encode, config.eot = functools.cache(lambda text: np.array(coder.encode(text), np.int64)), coder.eot
         self.digits = np.hstack([self.encode(digit) for digit in DIGITS])
-        self.haystacks = {name: [self.words(words) for words in lists] for name, lists in HAYSTACKS.items()}
+        rows = lambda words: np.stack([self.encode(" " + word) for word in words])       # words of a list are equally long
+        self.haystacks = {name: [*map(rows, lists)] for name, lists in HAYSTACKS.items()}
         pairs = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
-        self.keys = self.words([pair for i, pair in enumerate(pairs) if i % 97 % 2 == split])
+        self.keys = rows(pair for i, pair in enumerate(pairs) if i % 97 % 2 == split)
         for task in self.tasks:                                 # all samples of a task need the same room
             self.sample(0, config.context, task)
 
     def __len__(self):
         return 2**40                                            # numbers without end, for those who draw from them
-
-    def words(self, words):
-        """Tokens of words of the same length, with the space before them, a row each."""
-        return np.stack([self.encode(" " + word) for word in words])
 
     def fill(self, form, **rows):
         """A row of tokens per row of the named arrays: the form, with each {name} replaced."""
@@ -439,42 +436,34 @@ class Niah:
         order, of_needles = rng.permutation(len(self.keys)), haystack in ("pairs", "needles")
 
         def needles(first, count, distinct):                    # with other keys than the first ones; if too few, they repeat
-            keys = self.keys[np.resize(order[first:], distinct)]
-            if key == "uuid":
-                keys = self.fill(" {uuid}", uuid=self.digits[self.values("uuid", distinct, rng)])
+            keys = self.keys[np.resize(order[first:], distinct)] if key == "words" else self.fill(
+                " {uuid}", uuid=self.digits[self.values("uuid", distinct, rng)])
             keys, values = np.resize(keys, (count, keys.shape[1])), self.values(value, count, rng)
             return keys, values, self.fill(form, key=keys, value=self.digits[values])
 
         keys, values, found = needles(0, *((rounds, rounds) if of_needles else (n, distinct)))
         if of_needles:
             n = distinct = max(1, min(rounds, T // (3 * found.shape[1])))        # a third of the text, and one for the questions
-            found = found[:n]
         depths = np.append(number * 0.618034 % 1, rng.random(n - 1))       # of the first: by the golden ratio, evenly
         if distinct < n:
             depths.sort()                                       # the values of one key are told in the order of the text
-        told = np.arange(min(rounds * asked, n)).reshape(-1, asked)
-
-        def join(rows):
-            return self.fill("{row},", row=rows).reshape(len(told), -1)[:, :-1]
-
-        questions = self.fill(ask + "{keys}" + colon, keys=join(keys[told.ravel()[:distinct]]))
-        answers = self.fill("{values}.", values=join(self.fill(" {value}", value=self.digits[values[told.ravel()]])))
-        end, words = np.hstack((questions, answers)), self.haystacks.get(haystack)
+        found, told = found[:n], np.arange(min(rounds * asked, n))
+        questions, answers = (self.fill("{row},", row=rows).reshape(len(told) // asked, -1)[:, :-1] for rows in (
+            keys[told[:distinct]], self.fill(" {value}", value=self.digits[values[told]])))
+        questions = self.fill(ask + "{keys}" + colon, keys=questions)
+        end, words = self.fill("{question}{values}.", question=questions, values=answers), self.haystacks.get(haystack)
         length = found.shape[1] if of_needles else 1 + sum(choice.shape[1] for choice in words)
-        rounds = min(len(told), (T - found.size - length) // end.shape[1])
+        rounds = min(len(end), (T - found.size - length) // end.shape[1])
         if rounds < 1:
             raise ValueError(f"--context {T} is too short for {task}, which takes {found.size + length + end.shape[1]} tokens")
-        rounds = 1 + rng.integers(rounds)                       # an evaluation has one, which must not be new to the model
-        end, told = end[:rounds], told[:rounds]
+        end = end[:1 + rng.integers(rounds)]                    # an evaluation has one, which must not be new to the model
         h = -(-(T - found.size - end.size) // length)           # rows of the haystack; the first loses what is too much
-        if of_needles:
-            hay = needles(n, h, h)[2]
-        else:
-            hay = self.fill("{words}.", words=np.hstack([choice[rng.integers(len(choice), size=h)] for choice in words]))
+        hay = needles(n, h, h)[2] if of_needles else self.fill(
+            "{words}.", words=np.hstack([choice[rng.integers(len(choice), size=h)] for choice in words]))
         at = 1 + (h * depths).astype(int)
         text = np.insert(hay.ravel(), np.repeat(at * length, found.shape[1]), found.ravel())
-        known = np.tile(np.arange(end.shape[1]) >= questions.shape[1], rounds)
-        texts = ["".join(DIGITS[place] for place in places) for places in values[told.ravel()]]
+        known = np.tile(np.arange(end.shape[1]) >= questions.shape[1], len(end))
+        texts = ["".join(DIGITS[place] for place in places) for places in values[:len(end) * asked]]
         return np.hstack((text, end.ravel()))[-T:], np.append(np.zeros(T - end.size, bool), known), texts
 
     def cut(self, numbers, T):

@@ -3,6 +3,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "4")                   # of tiny tensors, more threads only wait for one another
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))           # so that plain `pytest` finds the scripts too

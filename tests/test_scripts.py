@@ -391,6 +391,8 @@ def flags(**kwargs):
 def test_text_is_split_by_document_and_cached(capsys):
     Path("text/picture.png").write_bytes(b"\x89PNG\0\0")
     Path("text/.hidden").write_text("no")
+    Path("text/broken.txt").symlink_to("nowhere")
+    os.mkfifo("text/pipe.txt")                                  # reading it would wait for ever
     config = flags(data="text")
     tokens, val, vocab = train.load_data(config)
     assert vocab == 320 and config.tokenizer == "bytes" and config.eot == 256
