@@ -106,9 +106,10 @@ def measure(dense, given):
     name, config, val, model, versions = open_run(dense, given)
     losses, costs, T = {}, {}, config.context
     for parsed, label, version in versions:
-        with autocast(config):                                     # the cache has the compute dtype
-            pattern, cache = str(parsed), model.new_cache(1, T, parsed, device="meta")
-        costs[pattern] = parsed.keys_per_token(model.config, T), cache.nbytes / T, cache.read(torch.arange(T))
+        if (pattern := str(parsed)) not in costs:
+            with autocast(config):                                 # the cache has the compute dtype
+                cache = model.new_cache(1, T, parsed, device="meta")
+            costs[pattern] = parsed.keys_per_token(model.config, T), cache.nbytes / T, cache.read(torch.arange(T))
         losses[pattern, label] = evaluate(version, val, parsed, config)
         print(f"{pattern} {label}: loss {losses[pattern, label]:.4f}", flush=True)
     return name, losses, costs, reach(model, val, config) if config.reach and model.config.recurrence else ""

@@ -330,18 +330,18 @@ def load_data(config, vocab_size=None):
     Fills in config.tokenizer and config.eot. vocab_size: default the tokenizer's, else the largest token + 1.
     OSError or ValueError in one line if the data can't be had, is shorter than a window, or goes beyond the vocabulary.
     """
-    if config.data == "niah":
-        train, val, size = Niah(config, 0), Niah(config, 1), Tokenizer(config.tokenizer).size
-        if (vocab_size or size) < size:
-            raise ValueError(f"--data niah: tokens of {config.tokenizer} go beyond the vocabulary of {vocab_size}")
-        return train, val, -(-(vocab_size or size) // 64) * 64
-    if config.data != "stdlib":
+    if config.data not in ("stdlib", "niah"):
         config.data = os.path.abspath(config.data)              # for the scripts that find it in the checkpoint
     folder, names = config.data, ("train.bin", "val.bin")
-    if not any(os.path.exists(os.path.join(folder, name)) for name in names):
+    if folder == "niah" or not any(os.path.exists(os.path.join(folder, name)) for name in names):
         config.tokenizer = config.tokenizer or "bytes"
         if config.tokenizer == "ids":
             raise ValueError(f"--data {folder}: text needs a tokenizer, bytes or gpt2; ids are read from train.bin and val.bin")
+        if folder == "niah":
+            train, val, size = Niah(config, 0), Niah(config, 1), Tokenizer(config.tokenizer).size
+            if (vocab_size or size) < size:
+                raise ValueError(f"--data niah: tokens of {config.tokenizer} go beyond the vocabulary of {vocab_size}")
+            return train, val, -(-(vocab_size or size) // 64) * 64
         if RANK == 0:
             tokenize(folder, config.tokenizer)
         summed(torch.zeros(1))                                  # the others find it done
@@ -397,9 +397,6 @@ class Niah:
     put together as arrays, at evaluation too: encoding the whole of each text would keep a GPU waiting."""
 
     def __init__(self, config, split):
-        config.tokenizer = config.tokenizer or "bytes"
-        if config.tokenizer == "ids":
-            raise ValueError("--data niah: text needs a tokenizer, bytes or gpt2")
         coder, self.seed, self.split, self.tasks = Tokenizer(config.tokenizer), config.seed, split, config.tasks
         self.encode, config.eot = functools.cache(lambda text: np.array(coder.encode(text), np.int64)), coder.eot
         self.digits = np.hstack([self.encode(digit) for digit in DIGITS])
@@ -448,10 +445,13 @@ class Niah:
         if distinct < n:
             depths.sort()                                       # the values of one key are told in the order of the text
         found, told = found[:n], np.arange(min(rounds * asked, n))
-        questions, answers = (self.fill("{row},", row=rows).reshape(len(told) // asked, -1)[:, :-1] for rows in (
-            keys[told[:distinct]], self.fill(" {value}", value=self.digits[values[told]])))
-        questions = self.fill(ask + "{keys}" + colon, keys=questions)
-        end, words = self.fill("{question}{values}.", question=questions, values=answers), self.haystacks.get(haystack)
+
+        def join(rows):                                         # those of a question in one row, with commas between
+            return self.fill("{row},", row=rows).reshape(len(told) // asked, -1)[:, :-1]
+
+        questions = self.fill(ask + "{keys}" + colon, keys=join(keys[told[:distinct]]))
+        answers = self.fill("{values}.", values=join(self.fill(" {value}", value=self.digits[values[told]])))
+        end, words = np.hstack((questions, answers)), self.haystacks.get(haystack)
         length = found.shape[1] if of_needles else 1 + sum(choice.shape[1] for choice in words)
         rounds = min(len(end), (T - found.size - length) // end.shape[1])
         if rounds < 1:
