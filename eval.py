@@ -147,7 +147,7 @@ def retrieval(checkpoints, given):
             with open(os.path.join(config.out, "niah.jsonl") if RANK == 0 else os.devnull, "a") as log:
                 for task, score in scores.items():
                     cell = dict(model=name, pattern=str(pattern), weights=label, task=task, score=score, samples=config.samples,
-                                context=config.context, tokenizer=config.tokenizer, seed=config.seed)
+                                context=config.context, tokenizer=config.tokenizer, block_score=config.score, seed=config.seed)
                     log.write(json.dumps(cell) + "\n")
             cells = [f"{scores[task]:.1f}" if task in scores else "–" for task in tasks]
             cells = name, str(pattern), label, *cells, f"{sum(scores.values()) / len(scores):.1f}"

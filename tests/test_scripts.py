@@ -602,6 +602,7 @@ def test_a_run_is_fine_tuned_in_each_pattern_of_its_own(trained, capsys):
     names = [(cell["pattern"], cell["weights"], cell["task"]) for cell in cells]
     assert names[3:5] == [("D4", "switched", "recall"), ("D4", "adapted", "single-1")]
     assert all(cell["context"] == 256 and cell["samples"] == 3 and 0 <= cell["score"] <= 100 for cell in cells)
+    assert {cell["block_score"] for cell in cells} == {"mean"}
 
 
 # ---------------------------------------------------------------------------------------------
