@@ -1,170 +1,86 @@
 """
-RAT+ (arXiv 2602.18196), the whole architecture in one file: train dense, infer sparse.
+RAT+ (arXiv 2602.18196), the whole method in plain PyTorch: train dense, infer sparse.
 
-A transformer whose keys and values pass through a gated recurrence before attention. Position p then summarises a
-stretch that ends at p, so attention may skip most positions: keep every D-th and the cache shrinks D times.
+RAT+ is a transformer whose keys and values pass through a gated recurrence before attention. The
+key at position p then summarises a stretch of text that ends at p. So attention may skip most
+positions: with dilation D it keeps every D-th position, and the cache shrinks D times.
 
-  o, q, k, v, g = in_proj(RMSNorm(x))                                                              (1)
-  k~_t = a_t * k~_{t-1} + (1 - a_t) * k_t        a_t = sigmoid(g_t); the same decay for v~         (2)
-  y_t  = sum over allowed p of softmax_p(RoPE(q)_t . RoPE(k~)_p / sqrt(Dh)) v~_p     per head      (3)
-  allowed: p <= t and ((p + 1) mod D == 0 or t - p <= W or p < S)                                  (4)
-           or, with top-k blocks, p in one of the K blocks of N positions that suit q_t best
-  x    = x + out_proj(sigmoid(o) * y)            then  x = x + fc2(gelu(fc1(RMSNorm(x))))          (5)
+  o, q, k, v, g = in_proj(RMSNorm(x))                                                         (1)
+  k~_t = a_t * k~_{t-1} + (1 - a_t) * k_t      a_t = sigmoid(g_t); v~ has the same decay      (2)
+  y_t  = sum over allowed p of softmax_p(RoPE(q)_t . RoPE(k~)_p / sqrt(Dh)) v~_p              (3)
+  allowed: p <= t and ((p + 1) mod D == 0 or t - p <= W or p < S)                             (4)
+           or, with top-k blocks, p lies in one of the K blocks of N positions that q_t prefers
+  x    = x + out_proj(sigmoid(o) * y)          then  x = x + fc2(gelu(fc1(RMSNorm(x))))       (5)
 
   code              shape            paper
   x                 (B, T, C)        the residual stream: B batch, T time, C = n_embd channels
   o, g              (B, T, C)        logits of the output gate and of the decay a
   q, k, v           (B, T, C)        queries, and keys and values before the recurrence
-  k_rec, v_rec      (B, T, C)        k~, v~: after it; (B, H, T, Dh) in attention, H heads of width Dh
-  dilation          D                dilation; the authors' "-1" (none) is 0 here
+  k_rec, v_rec      (B, T, C)        k~, v~: after the recurrence
+                    (B, H, T, Dh)    the same in attention: H heads of width Dh
+  state             2 x (B, C)       k~ (before RoPE) and v~ of the last position, float32
+  t, p              int64            position of a query, position of a key
+  dilation          D                the authors' "-1" (no dilated positions) is 0 here
   window, sinks     W, S             local_size, initial_size
-  block, topk       N, K             block size, k of top-k
-  pattern           Pattern          "attention pattern"; a model has none, each call names one
+  block, topk       N, K             block size and number of blocks of top-k attention
 
-Read on: Pattern (which positions), Mixing (equations 1-5), Cache (what decoding keeps), RATPlus, checkpoints.
+The functions and classes below define each operation, and they are what runs on a CPU. kernels.py
+holds a Triton kernel for each slow one. The line `if on_kernels(x): return kernels...` hands over
+to it on a GPU. Without kernels.py everything still works.
+
 `python model.py D4W4S2` draws a pattern.
 """
+import contextlib
 import itertools
+import math
 import os
 import re
 import sys
+import threading
 import warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (SCORES, allowed, attention, attention_chunk, attention_topk, block_summaries, count_keys, cross_entropy_,
-                     decode, decode_topk, keys_per_query, on_grid, positions, recurrence, rotate, slot_of, triton)
-
-# ---------------------------------------------------------------------------------------------
-# Patterns: who may attend to whom
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The pattern of one group of heads, equation (4). Dilation 0: no dilated positions; topk 0: no top-k blocks."""
-    dilation: int = 0
-    window: int = 0
-    sinks: int = 0
-    block: int = 0
-    topk: int = 0
-    score: str = "mean"                                            # of blocks, one of kernels.SCORES
-
-    def __str__(self):
-        fields = zip("DWSNK", (self.dilation, self.window, self.sinks, self.block, self.topk))
-        return "".join(f"{letter}{value}" for letter, value in fields if value) or "W0"
-
-    @property
-    def span(self):
-        """(dilation, window, sinks), the arguments of `allowed` and `attention`: all of a pattern but its top-k blocks."""
-        return self.dilation, self.window, self.sinks
-
-    @property
-    def sizes(self):
-        """`span`, block, topk, as `attention_topk` and `count_keys` take them; 1, 1 where there are no top-k blocks."""
-        return *self.span, self.block or 1, self.topk or 1
-
-    def attend(self, q, k_rec, v_rec):
-        """Equation (3) under this rule. q, k_rec, v_rec: (B, h, T, Dh), after RoPE."""
-        if self.topk:
-            return attention_topk(q, k_rec, v_rec, *self.sizes, self.score)
-        return attention(q, k_rec, v_rec, *self.span)
+try:
+    import kernels
+except ImportError:                                    # no Triton, or no kernels.py
+    kernels = None
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """A rule per layer and head group, layers[i][j]: layers cycle through the outer tuple, heads split evenly.
+def on_kernels(x):
+    """Does a Triton kernel take over for this tensor? On a GPU, in float32, float16 or bfloat16."""
+    return kernels is not None and kernels.take(x)
 
-    Written as text: D16, D16W256S4, W1024S4, D1,D64 (layers alternate), D1/D64 (half the heads each), D64N64K8.
-    """
-    layers: tuple
 
-    @staticmethod
-    def parse(text, score="mean"):
-        """The Pattern that `text` spells; a Pattern is passed through. ValueError in one line for anything else.
+def path(device):
+    """What computes on `device`, in words, for the first lines that each script prints."""
+    if on_kernels(torch.empty(0, device=device)):
+        return kernels.path(device)
+    return f"plain PyTorch on {device}"
 
-        score: how top-k blocks are scored, one of SCORES. It is no part of the text, and other patterns forget it.
-        """
-        def rule(part):
-            match = re.fullmatch("".join(f"(?:{letter}([0-9]{{1,9}}))?" for letter in "DWSNK"), part)
-            value = {letter: int(digits) for letter, digits in zip("DWSNK", match.groups()) if digits} if match else {}
-            if not value:
-                refuse(f"{part!r} is not made of fields D W S N K, in this order, a number of up to 9 digits after each")
-            if 0 in (value.get("D"), value.get("N"), value.get("K")):
-                refuse("D, N and K start at 1 (no dilated positions: leave D out)")
-            if ("N" in value) != ("K" in value):
-                refuse("N (block size) and K (how many blocks) go together")
-            return Rule(*(value.get(letter, 0) for letter in "DWSNK"), **{"score": score} if "K" in value else {})
 
-        def refuse(why):
-            raise ValueError(f"pattern {text!r}: {why}. A right one is D16W256S4, W1024S4, D1,D64 or D1/D64")
-
-        if score not in SCORES:
-            raise ValueError(f"score {score!r}: top-k blocks are scored by one of {', '.join(SCORES)}")
-        if isinstance(text, Pattern):
-            return text
-        if not isinstance(text, str):
-            refuse("a pattern is a text")
-        return Pattern(tuple(tuple(map(rule, layer.split("/"))) for layer in text.split(",")))
-
-    def __str__(self):
-        return ",".join("/".join(map(str, layer)) for layer in self.layers)
-
-    def fit(self, config):
-        """Self, if a model of this shape can run it; ValueError in one line if not."""
-        if len(self.layers) > config.n_layer:
-            raise ValueError(f"pattern '{self}': {len(self.layers)} layers are named, the model has {config.n_layer}. "
-                             "A right one is D1,D64")
-        for rules in self.layers:
-            if config.n_head % len(rules):
-                raise ValueError(f"pattern '{self}': {len(rules)} head groups do not divide {config.n_head} heads. "
-                                 "A right one is D1/D64")
-        return self
-
-    def groups(self, layer, n_head):
-        """[(rule, slice of heads)] of a layer."""
-        rules = self.layers[layer % len(self.layers)]
-        size = n_head // len(rules)
-        return [(rule, slice(i * size, (i + 1) * size)) for i, rule in enumerate(rules)]
-
-    def mask(self, T, layer=0, group=0):
-        """(T, T) bool, True where the query (row) may attend to the key (column): `allowed`. ValueError for top-k."""
-        t, rule = torch.arange(T), self.layers[layer % len(self.layers)][group]
-        if rule.topk:
-            raise ValueError(f"pattern '{self}': top-k blocks follow the data, so they have no fixed mask. "
-                             "A right one is D16W256S4")
-        return allowed(t[:, None], t, *rule.span)
-
-    def keys_per_token(self, config, T):
-        """Mean number of keys per query in a window of T tokens, over positions, layers and heads. Top-k: see `count_keys`."""
-        total = sum(keys_per_query(T, *rule.sizes) * (heads.stop - heads.start)
-                    for i in range(config.n_layer) for rule, heads in self.groups(i, config.n_head))
-        return total / (config.n_layer * config.n_head)
-
-    def draw(self, T):
-        """The masks as text: D on the grid, S sink, W in the window (or the query itself), . not attended."""
-        lines = []
-        for i, rules in enumerate(self.layers):
-            for j, rule in enumerate(rules):
-                mask, (dilation, _, sinks) = self.mask(T, i, j), rule.span
-                letters = ["D" if on_grid(p, dilation) else "S" if p < sinks else "W" for p in range(T)]
-                lines.append(f"{rule}: layer {i} of every {len(self.layers)}, head group {j} of {len(rules)}")
-                for t in range(T):
-                    lines.append(f"{t:4} " + " ".join(letters[p] if mask[t, p] else "." for p in range(t + 1)))
-                lines.append(f"     {mask.sum() / T:.1f} keys per query, dense {(T + 1) / 2:.1f}\n")
-        return "\n".join(lines)
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
 # ---------------------------------------------------------------------------------------------
-# The layer
+# Config
 
 @dataclass
 class RATConfig:
-    """The shape of a model. recurrence=False is the attention-only baseline: no g, k~ = k, v~ = v."""
+    """The shape of a model. With recurrence=False it is the attention-only baseline: there is no g,
+    k~ = k and v~ = v.
+
+    What the recurrence decides is asked here and nowhere else.
+    """
     vocab_size: int = 50304
     n_layer: int = 12
     n_head: int = 12
@@ -172,8 +88,29 @@ class RATConfig:
     recurrence: bool = True
 
     def __post_init__(self):
-        if min(self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1 or self.n_embd % (2 * self.n_head):
-            raise ValueError(f"{self}: sizes must be at least 1, and n_embd must split into n_head heads of even width")
+        least = min(self.vocab_size, self.n_layer, self.n_head, self.n_embd)
+        if least < 1 or self.n_embd % (2 * self.n_head):
+            raise ValueError(f"{self}: sizes must be at least 1, and n_embd must split into n_head "
+                             "heads of even width")
+
+    @property
+    def head_width(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def widths(self):
+        """How many rows of in_proj each part of equation (1) has, in the order of the rows."""
+        names = "oqkvg" if self.recurrence else "oqkv"
+        return {name: self.n_embd for name in names}
+
+    @property
+    def state_width(self):
+        """Channels of the recurrent state."""
+        return self.widths["k"] if self.recurrence else 0
+
+    @property
+    def name(self):
+        return "RAT+" if self.recurrence else "attention-only"
 
 
 PRESETS = {
@@ -186,51 +123,351 @@ PRESETS = {
 }
 
 
+# ---------------------------------------------------------------------------------------------
+# The definitions: who may attend to whom (4), the recurrence (2), RoPE, attention (3)
+
+FUTURE = 2**62                                         # a position behind all others
+
+
+def on_grid(p, dilation):
+    """Is p the last position of its block of `dilation`? Dilation 0 means that there is no grid."""
+    return (p + 1) % dilation == 0 if dilation else p < 0
+
+
+def allowed(t, p, dilation, window, sinks):
+    """May a query at position t attend to the key at position p? Equation (4), the definition of
+    every pattern.
+
+    t, p: integers or integer tensors that broadcast. Returns bool. ValueError for negative sizes.
+    The grid is absolute: all queries share it. A key that is off the grid and no sink is never
+    needed again once it has left the window, and that is why the cache shrinks. """
+    sizes = dilation, window, sinks
+    require(min(sizes) >= 0, f"allowed: dilation, window, sinks are at least 0, not {sizes}")
+    in_window = t - p <= window
+    is_sink = p < sinks
+    return (p <= t) & (on_grid(p, dilation) | in_window | is_sink)
+
+
+def decay(g):
+    """a = sigmoid(g) and 1 - a. Through the logarithm both, and their gradients, are precise where
+    a is close to 0 or 1.
+    """
+    return F.logsigmoid(g).exp(), F.logsigmoid(-g).exp()
+
+
+def recurrence(k, v, g, state=None):
+    """The gated recurrence over keys and values, equation (2). Differentiable in every input.
+
+    k, v, g: (B, T, C), T >= 1, any floating dtype; g is the gate's logit.
+    state:   (k_rec, v_rec) of the position before, each (B, C); None means zeros.
+    Returns k_rec, v_rec (B, T, C) in the dtypes of k and v, and the state after the last position,
+    2 x (B, C). The arithmetic and the state are float32 (float64 for float64 inputs).
+    ValueError for shapes that do not match.
+    """
+    if on_kernels(k):
+        return kernels.recurrence(k, v, g, state)
+    B, T, C = k.shape
+    shapes = [tuple(z.shape) for z in (k, v, g)]
+    require(shapes[0] == shapes[1] == shapes[2] and T >= 1,
+            f"recurrence: k, v, g share a shape (B, T >= 1, C), not {shapes}")
+    exact = torch.promote_types(k.dtype, torch.float32)
+    if state is None:
+        state = k.new_zeros(2, B, C, dtype=exact)
+    require(all(z.shape == (B, C) for z in state), f"recurrence: the state is 2 x ({B}, {C})")
+    a, rest = decay(g.to(exact))                       # rest: 1 - a
+    x = rest * torch.stack((k, v))                     # (2, B, T, C)
+    h = torch.stack(tuple(state))                      # (2, B, C)
+    steps = []
+    for a_t, x_t in zip(a.unbind(1), x.unbind(2)):
+        h = a_t * h + x_t
+        steps.append(h)
+    k_rec, v_rec = torch.stack(steps, dim=2)
+    return k_rec.to(k.dtype), v_rec.to(v.dtype), (h[0], h[1])
+
+
 def rope_angles(t, Dh):
-    """cos and sin (T, Dh/2), float32, of the absolute positions t (T,), base 10000."""
-    frequency = 10000.0 ** (-torch.arange(0, Dh, 2, device=t.device, dtype=torch.float32) / Dh)
+    """cos and sin, each (T, Dh/2) float32, of the absolute positions t (T,). The base is 10000."""
+    channel = torch.arange(0, Dh, 2, device=t.device, dtype=torch.float32)
+    frequency = 10000.0 ** (-channel / Dh)
     angle = t[:, None].float() * frequency
     return angle.cos(), angle.sin()
 
 
+def rotate(x, cos, sin):
+    """RoPE of x (B, H, T, Dh): channel i of the first half turns with channel i of the second. cos,
+    sin: (T, Dh/2).
+    """
+    if on_kernels(x):
+        return kernels.rotate(x, cos, sin)
+    shape = x.shape[2], x.shape[3] // 2
+    require(cos.shape == sin.shape == shape and cos.dtype == sin.dtype == torch.float32,
+            f"rotate: cos and sin are {shape} float32, not {tuple(cos.shape)} {cos.dtype} "
+            f"and {tuple(sin.shape)} {sin.dtype}")
+    x1, x2 = x.chunk(2, dim=-1)
+    y1 = x1 * cos - x2 * sin
+    y2 = x2 * cos + x1 * sin
+    return torch.cat((y1, y2), dim=-1).to(x.dtype)
+
+
+def masked_softmax(q, k, v, mask):
+    """Equation (3) for a given mask: softmax(q k^T / sqrt(Dh)) v, where the softmax runs over keys
+    whose mask is True.
+
+    q: (B, H, T, Dh); k, v: (B, H, n, Dh); mask: bool, broadcasts to (B, H, T, n). Returns (B, H, T,
+    Dh). """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attention(q, k_rec, v_rec, dilation, window, sinks):
+    """Causal attention of a whole sequence, equation (3), over the positions that equation (4)
+    allows.
+
+    q, k_rec, v_rec: (B, H, T, Dh), one dtype, after RoPE. Returns (B, H, T, Dh), differentiable.
+    Where all earlier positions are allowed it is dense attention, PyTorch's own. ValueError for
+    shapes that do not match. """
+    shapes = [tuple(z.shape) for z in (q, k_rec, v_rec)]
+    require(shapes[0] == shapes[1] == shapes[2],
+            f"attention: q, k_rec, v_rec share a shape (B, H, T, Dh), not {shapes}")
+    dtypes = q.dtype, k_rec.dtype, v_rec.dtype
+    require(dtypes[0] == dtypes[1] == dtypes[2] or torch.is_autocast_enabled(q.device.type),
+            f"attention: q, k_rec, v_rec share a dtype, not {dtypes}")
+    T = q.shape[2]
+    if dilation == 1 or window >= T - 1:
+        return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
+    if on_kernels(q):
+        return kernels.attention(q, k_rec, v_rec, dilation, window, sinks)
+    t = torch.arange(T, device=q.device)
+    mask = allowed(t[:, None], t, dilation, window, sinks)                  # (T, T): query, key
+    return masked_softmax(q, k_rec, v_rec, mask)
+
+
+# ---------------------------------------------------------------------------------------------
+# Top-k blocks: the positions that a query attends to follow from the data
+#
+# The past is cut into blocks of N positions. A query scores each earlier block by a summary of the
+# block's keys. It attends to K blocks in full: its own block up to itself, and the K - 1 earlier
+# blocks with the best scores. In the same softmax it attends to what equation (4) allows elsewhere.
+# With D = N that is the last position of every other block, which stands for its block by the
+# recurrence. The score of block b for q_t, keys after RoPE:
+#
+#   mean     q_t . mean of its keys                                     as in MoBA
+#   minmax   sum over channels c of max(q_tc max k_pc, q_tc min k_pc)   as in Quest
+#   last     q_t . k~ at its last position                              the dilated key of D = N
+
+SCORES = "mean", "minmax", "last"
+
+
+def block_summaries(k_rec, block, score):
+    """What the scores read of keys (B, H, n * block, Dh): (B, H, n, Dh), or (B, H, n, 2 Dh) for
+    minmax, in their dtype.
+    """
+    k = k_rec.unflatten(2, (k_rec.shape[2] // block, block))
+    if score == "mean":
+        return k.mean(3)
+    if score == "minmax":
+        return torch.cat((k.amax(3), k.amin(3)), dim=-1)
+    return k[:, :, :, -1]                              # last: a view of the keys
+
+
+def block_scores(q, summaries, score):
+    """(B, H, T, n) float32: the scores of n blocks for the queries q (B, H, T, Dh)."""
+    q = q.float()
+    if score == "minmax":                              # positive q: largest at max k, else at min k
+        positive = q.clamp(min=0)
+        q = torch.cat((positive, q - positive), dim=-1)
+    with torch.autocast(q.device.type, enabled=False):
+        return q @ summaries.float().mT
+
+
+@torch.no_grad()
+def choose_blocks(q, summaries, t, rule):
+    """The blocks that queries at positions t (T,) attend to in full: (B, H, T, n) bool over n
+    blocks.
+
+    The choice has no gradient. A query's own block is always chosen. Later blocks never are, and
+    neither their scores nor that of the own block count, since their summaries may be unfinished.
+    """
+    own = (t // rule.block)[:, None]
+    b = torch.arange(summaries.shape[2], device=q.device)
+    scores = block_scores(q, summaries, rule.score)
+    scores = scores.masked_fill(b == own, math.inf)
+    scores = scores.masked_fill(b > own, -math.inf)
+    best = scores.topk(min(rule.topk, len(b))).indices
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+    return chosen & (b <= own)
+
+
+def attention_topk(q, k_rec, v_rec, summaries, t, rule):
+    """Equation (3) for queries at positions t (T,) over their top-k blocks and what `rule` allows
+    elsewhere.
+
+    q: (B, H, T, Dh); k_rec, v_rec: (B, H, n, Dh), the keys at positions 0 to n - 1; summaries: of
+    their blocks. Returns (B, H, T, Dh), differentiable in q, k_rec, v_rec. """
+    p = torch.arange(k_rec.shape[2], device=q.device)
+    chosen = choose_blocks(q, summaries, t, rule)
+    in_chosen = chosen[..., p // rule.block]                                # (B, H, T, n)
+    mask = in_chosen & (p <= t[:, None]) | rule.allowed(t[:, None], p)
+    return masked_softmax(q, k_rec, v_rec, mask)
+
+
+# ---------------------------------------------------------------------------------------------
+# A rule and a head group. Patterns, further down, are made of these.
+
+@dataclass(frozen=True)
+class Rule:
+    """Which positions a head may attend to: the sizes of equation (4). Dilation 0: no grid; topk 0:
+    no top-k blocks.
+    """
+    dilation: int = 0
+    window: int = 0
+    sinks: int = 0
+    block: int = 0
+    topk: int = 0
+    score: str = "mean"                                # of blocks, one of SCORES
+
+    @property
+    def span(self):
+        """The sizes that `allowed` and `attention` take, in their order."""
+        return self.dilation, self.window, self.sinks
+
+    def allowed(self, t, p):
+        return allowed(t, p, *self.span)
+
+    def within(self, max_len):
+        """The same rule for sequences of at most max_len positions, with no size beyond that."""
+        window = min(self.window, max_len)
+        sinks = min(self.sinks, max_len)
+        return replace(self, window=window, sinks=sinks, block=min(self.block, max_len))
+
+    def attend(self, q, k_rec, v_rec):
+        """Attention of a whole sequence under this rule; shapes as for `attention`."""
+        if not self.topk:
+            return attention(q, k_rec, v_rec, *self.span)
+        T = q.shape[2]
+        rule = self.within(T)
+        if on_kernels(q):
+            return kernels.attention_topk(q, k_rec, v_rec, rule)
+        padded = F.pad(k_rec.detach(), (0, 0, 0, -T % rule.block))
+        summaries = block_summaries(padded, rule.block, rule.score)
+        return attention_topk(q, k_rec, v_rec, summaries, torch.arange(T, device=q.device), rule)
+
+    def count_keys(self, t):
+        """How many keys the queries at t (n,) attend to, in float64. t: int64 on the CPU.
+
+        Which blocks top-k takes follows from the data. The count is then a mean over all choices.
+        """
+        p = torch.arange(int(t.max()) + 1)
+        granted = self.allowed(t[:, None], p)
+        if not self.topk:
+            return granted.sum(1).double()
+        own = t // self.block                          # as many blocks lie before it
+        taken = own.clamp(max=self.topk - 1)
+        elsewhere = (granted & (p // self.block < own[:, None])).sum(1)
+        left = 1 - taken.double() / own.clamp(min=1)   # share of the earlier blocks not taken
+        in_own = t % self.block + 1
+        return in_own + taken * self.block + elsewhere * left
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring heads of a layer that follow one rule."""
+    rule: Rule
+    heads: slice
+
+    @property
+    def count(self):
+        return self.heads.stop - self.heads.start
+
+    def attend(self, q, k_rec, v_rec, start=0):
+        """Attention of a whole sequence (it starts at position 0) in the heads of this group: (B,
+        heads, T, Dh).
+        """
+        return self.rule.attend(q[:, self.heads], k_rec[:, self.heads], v_rec[:, self.heads])
+
+
+# ---------------------------------------------------------------------------------------------
+# The layer
+
+class Projected(NamedTuple):
+    """The parts of equation (1). g is None without recurrence."""
+    o: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor | None = None
+
+    def map(self, change):
+        return Projected(*(z if z is None else change(z) for z in self))
+
+
+class Projection(nn.Linear):
+    """in_proj of equation (1): x (..., C) -> Projected, each part (..., C). The rows of the weight
+    are o, q, k, v, g.
+    """
+
+    def __init__(self, config):
+        self.widths = tuple(config.widths.values())
+        super().__init__(config.n_embd, sum(self.widths), bias=False)
+
+    def forward(self, x):
+        return Projected(*super().forward(x).split(self.widths, dim=-1))
+
+
 class Mixing(nn.Module):
-    """Temporal mixing, the part that RAT+ changes: equations (1) to (5)."""
+    """Temporal mixing, the part of a transformer that RAT+ changes: equations (1) to (5)."""
 
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
-        self.config = config
-        self.norm = nn.RMSNorm(C, eps=1e-6)
-        self.in_proj = nn.Linear(C, (5 if config.recurrence else 4) * C, bias=False)     # rows: o, q, k, v, g
-        self.out_proj = nn.Linear(C, C, bias=False)
+        self.head_width = config.head_width
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.in_proj = Projection(config)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, groups, cache=None, i=None):
-        """x (B, T, C) -> (B, T, C). rope: cos and sin of x's positions; groups: [(rule, slice of heads)]. With a Cache, in
-        which this is layer i, x continues what that has seen."""
-        (B, T, C), H = x.shape, self.config.n_head
-        x = self.in_proj(self.norm(x))                                                   # (1)
-        if cache and T == 1:                                                             # (2) to (5) in one
-            x, state, y = x.view(B, -1, H, C // H), cache.state[i].view(2, B, H, -1), x.new_empty(B, H, C // H)
-            for held, (_, heads) in zip(cache.groups[i], groups):
-                held.step(y[:, heads], x[:, :, heads], state[:, :, heads], rope, cache.seen)
-            return self.out_proj(y.view(B, 1, C))
-        o, q, k_rec, v_rec, *g = x.split(C, dim=-1)
-        if self.config.recurrence:                                                       # (2)
-            k_rec, v_rec, state = recurrence(k_rec, v_rec, *g, cache.state[i] if cache else None)
-            if cache:
-                torch.stack(state, out=cache.state[i])
-        q, k_rec, v_rec = (z.view(B, T, H, C // H).transpose(1, 2) for z in (q, k_rec, v_rec))
-        q, k_rec = rotate(q, *rope), rotate(k_rec, *rope)                                # after the recurrence
-        y = []
-        for j, (rule, heads) in enumerate(groups):                                       # (3), (4)
-            qkv = q[:, heads], k_rec[:, heads], v_rec[:, heads]                          # (B, heads, T, Dh)
-            y.append(cache.groups[i][j].attend(*qkv, cache.length) if cache else rule.attend(*qkv))
-        y = (y[0] if len(y) == 1 else torch.cat(y, dim=1)).transpose(1, 2).reshape(B, T, C)
-        return self.out_proj(torch.sigmoid(o) * y)                                       # (5)
+    def split_heads(self, x):
+        """(B, T, H * Dh) -> (B, H, T, Dh)"""
+        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+    def forward(self, x, rope, groups, state=None, start=0):
+        """A sequence, all positions at once: x (B, T, C) -> (B, T, C).
+
+        rope: cos and sin of x's positions. groups: the head groups of this layer. A chunk that
+        continues a sequence gives more: groups are then the caches of the head groups, state (2, B,
+        C) is the recurrent state, which is replaced by the state after x, and start is the first
+        position. """
+        o, q, k, v, g = self.in_proj(self.norm(x))                          # (1)
+        k_rec, v_rec = k, v
+        if g is not None:
+            k_rec, v_rec, end = recurrence(k, v, g, state)                  # (2)
+            if state is not None:
+                torch.stack(end, out=state)
+        q = rotate(self.split_heads(q), *rope)
+        k_rec = rotate(self.split_heads(k_rec), *rope)                      # after the recurrence
+        v_rec = self.split_heads(v_rec)
+        y = join_heads([group.attend(q, k_rec, v_rec, start) for group in groups])   # (3), (4)
+        y = y.transpose(1, 2).flatten(2)                                    # (B, T, C)
+        return self.out_proj(torch.sigmoid(o) * y)                          # (5)
+
+    def step(self, x, rope, groups, seen):
+        """One token of each sequence: x (B, C) -> (B, C). The same equations, against the caches of
+        the head groups.
+
+        rope: cos and sin of the token's position. seen: (1,) int64 on the device, that position.
+        """
+        parts = self.in_proj(self.norm(x))                                  # (1)
+        token = parts.map(lambda z: z.unflatten(-1, (-1, self.head_width)))     # (B, H, Dh)
+        y = join_heads([group.step(token, rope, seen) for group in groups])     # (2) to (5)
+        return self.out_proj(y.flatten(1))                                  # (5)
+
+
+def join_heads(parts):
+    """The heads of all groups side by side, in dimension 1."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class Block(nn.Module):
-    """Temporal mixing, then the MLP (exact GELU, width 4C), each added to the residual stream: equation (5)."""
+    """Temporal mixing, then the MLP (exact GELU, width 4C). Each is added to the residual stream:
+    equation (5).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -240,170 +477,380 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(C, 4 * C, bias=False)
         self.fc2 = nn.Linear(4 * C, C, bias=False)
 
-    def forward(self, x, rope, groups, *cached):
-        x = x + self.mix(x, rope, groups, *cached)
-        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+    def mlp(self, x):
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+    def forward(self, x, rope, groups, state=None, start=0):
+        x = x + self.mix(x, rope, groups, state, start)
+        return x + self.mlp(x)
+
+    def step(self, x, rope, groups, seen):
+        x = x + self.mix.step(x, rope, groups, seen)
+        return x + self.mlp(x)
 
 
 # ---------------------------------------------------------------------------------------------
-# The cache: what decoding keeps
+# The cache: what decoding keeps, and where
+#
+# After a prompt and some steps, `seen` tokens have gone by: positions 0 to seen - 1. The next query
+# is at position t = seen. A position p is kept if that query may attend to it: allowed(t, p). This
+# is enough for all later queries too: what leaves the window comes back for none of them, and the
+# grid and the sinks never leave.
+#
+# The positions that are kept lie in slots, [ sinks | ring | grid ]:
+#
+#   on the grid         slot S + W + p // D
+#   else, a sink        slot p
+#   else                ring slot S + p mod W, until position p + W takes it over
+#
+# For example D4W3S2 after 14 tokens, positions 0 to 13:
+#
+#   slot         0    1  |  2    3    4  |  5    6    7
+#   position     0    1  | 12   13    -  |  3    7   11        the window of query 14 is 11, 12, 13
+#
+# Slot 4 is a hole: it is the ring slot of 11, but 11 is on the grid and has its slot there. Which
+# position lies in a slot follows from `seen` alone, so the cache stores keys and values and nothing
+# else. Keys are stored after RoPE.
+
+class Layout:
+    """The slots of a head group: which position lies in which slot."""
+
+    def __init__(self, rule, max_len):
+        self.rule = rule.within(max_len)
+        if rule.dilation == 1 or rule.topk:            # every position is on the grid, in order
+            self.rule = Rule(dilation=1)
+        self.span = self.rule.span
+        grid = max_len // self.rule.dilation if self.rule.dilation else 0
+        self.slots = self.rule.sinks + self.rule.window + grid
+
+    def slot_of(self, p):
+        """The slot of each position p, an int64 tensor, as far as it is kept."""
+        dilation, window, sinks = self.span
+        slot = torch.where(p < sinks, p, sinks + p % max(window, 1))
+        in_grid = sinks + window + p // max(dilation, 1)
+        return torch.where(on_grid(p, dilation), in_grid, slot)
+
+    def positions(self, seen):
+        """The position in each slot after `seen` tokens, int64 (slots,); FUTURE in an empty slot.
+        seen: int64 (1,).
+        """
+        dilation, window, sinks = self.span
+        slot = torch.arange(self.slots, device=seen.device)
+        in_ring = slot - sinks
+        in_grid = in_ring - window
+        last = seen - 1
+        latest = last - (last - in_ring) % max(window, 1)    # the last p whose ring slot this is
+        p = torch.where(in_grid < 0, latest, (in_grid + 1) * dilation - 1)
+        p = torch.where(slot < sinks, slot, p)
+        empty = (p < 0) | (p > last) | (self.slot_of(p) != slot)
+        return p.masked_fill(empty, FUTURE)
+
+    def keeps(self, p, end):
+        """Is position p of a sequence of `end` tokens kept? It is if the query at `end` may attend
+        to it.
+        """
+        return self.rule.allowed(end, p)
+
 
 class GroupCache:
-    """Keys (after RoPE) and values of one head group of one layer: k, v (B, heads, slots, Dh), the slots as `positions` says."""
+    """The keys (after RoPE), the values and the recurrent state of one head group of one layer.
 
-    def __init__(self, rule, batch, heads, Dh, max_len, dtype, device):
-        dilation, window, sinks = rule.span if rule.dilation != 1 else (1, 0, 0)         # D1: all are on the grid
-        self.rule, self.span = rule, (dilation, min(window, max_len), min(sinks, max_len))
-        slots = sum(self.span[1:]) + (max_len // dilation if dilation else 0)
-        self.tensors = [torch.zeros(batch, heads, slots, Dh, dtype=dtype, device=device) for _ in "kv"]      # all there are
-        self.k, self.v = self.tensors
+    k, v: (B, heads, slots, Dh). state: (2, B, heads, Dh), a view of the layer's; without recurrence
+    it has no elements. """
+
+    def __init__(self, group, layout, like, batch, state):
+        self.rule = group.rule
+        self.heads = group.heads
+        self.layout = layout
+        self.state = state
+        shape = batch, group.count, layout.slots, like.shape[-1]
+        self.k = like.new_zeros(shape)
+        self.v = like.new_zeros(shape)
+        self.tensors = [self.k, self.v]                # all that it allocated
 
     def held(self, seen):
         """How many positions are held after `seen` tokens."""
-        return int(allowed(seen, positions(seen, self.k.shape[2], *self.span), *self.span).sum())
+        p = self.layout.positions(seen)
+        return int(self.layout.keeps(p, seen).sum())
 
-    def read(self, t):
-        """Bytes that a step at position t reads of this, as a mean over an int64 CPU tensor of positions."""
-        return (count_keys(t, *self.rule.sizes) - 1).mean().item() * 2 * self.k[:, :, :1].nbytes       # not its own key
+    def bytes_read(self, t):
+        """Bytes that a step at position t reads of it, as a mean over an int64 CPU tensor of
+        positions.
+        """
+        earlier = self.rule.count_keys(t) - 1          # its own key is not read from the cache
+        return earlier.mean().item() * 2 * self.k[:, :, :1].nbytes
 
-    def step(self, y, x, state, rope, seen):
-        """`kernels.decode` of one token."""
-        decode(y, x, state, rope, self.k, self.v, seen, *self.span)
+    def store(self, k_rec, v_rec, start):
+        """Keep what later queries may need of k_rec, v_rec (B, heads, T, Dh), the positions from
+        `start` on.
+        """
+        end = start + k_rec.shape[2]
+        if self.layout.rule.dilation == 1:             # the slots are the positions
+            self.k[:, :, start:end] = k_rec
+            self.v[:, :, start:end] = v_rec
+            return
+        p = torch.arange(start, end)                   # on the CPU: nothing waits for the GPU
+        p = p[self.layout.keeps(p, end)].to(self.k.device)
+        slots = self.layout.slot_of(p)
+        self.k.index_copy_(2, slots, k_rec.index_select(2, p - start))
+        self.v.index_copy_(2, slots, v_rec.index_select(2, p - start))
+
+    def with_window(self, k_rec, v_rec, start):
+        """k_rec and v_rec with the keys and values of the window before `start` in front, in order
+        of position.
+        """
+        window = self.layout.rule.window
+        p = torch.arange(max(start - window, 0), start)
+        slots = self.layout.slot_of(p).to(self.k.device)
+        k = torch.cat((self.k.index_select(2, slots), k_rec), dim=2)
+        v = torch.cat((self.v.index_select(2, slots), v_rec), dim=2)
+        return k, v
 
     def attend(self, q, k_rec, v_rec, start):
-        """Attention of T tokens from position `start` on over themselves and what is held; they are kept as far as needed.
+        """Attention of a chunk from position `start` on, over itself and what is held; then its
+        positions are stored.
 
-        q, k_rec, v_rec: (B, heads, T, Dh), after RoPE. Returns (B, heads, T, Dh).
+        q, k_rec, v_rec: (B, H, T, Dh), after RoPE, of all heads. Returns (B, heads, T, Dh).
         """
-        (dilation, window, _), T, end, device = self.span, q.shape[2], start + q.shape[2], q.device
-        if dilation == 1:
-            self.k[:, :, start:end], self.v[:, :, start:end] = k_rec, v_rec
-            if start == 0:
-                return attention(q, k_rec, v_rec, *self.span)
-            from torch.nn.attention.bias import causal_lower_right           # takes as long to import as all else here
-            bias = causal_lower_right(T, end)
-            return F.scaled_dot_product_attention(q, self.k[:, :, :end], self.v[:, :, :end], attn_mask=bias)
-        before = slot_of(torch.arange(max(start - window, 0), start), *self.span).to(device)             # the window so far
-        local = [torch.cat((held[:, :, before], new), dim=2) if window else new
-                 for held, new in ((self.k, k_rec), (self.v, v_rec)) if start]
-        p = torch.arange(start, end)
-        p = p[allowed(end, p, *self.span)].to(device)              # those that the next query may use; no wait for the GPU
-        for held, new in ((self.k, k_rec), (self.v, v_rec)):
-            held.index_copy_(2, slot_of(p, *self.span), new.index_select(2, p - start))
-        if start:
-            return attention_chunk(q, self.k, self.v, *local, start, *self.span)
-        return attention(q, k_rec, v_rec, *self.span)
+        q, k_rec, v_rec = q[:, self.heads], k_rec[:, self.heads], v_rec[:, self.heads]
+        T = q.shape[2]
+        if start == 0:
+            self.store(k_rec, v_rec, start)
+            return attention(q, k_rec, v_rec, *self.layout.span)
+        if self.layout.rule.dilation == 1:             # the slots are the positions
+            self.store(k_rec, v_rec, start)
+            end = start + T
+            k = self.k[:, :, :end]
+            v = self.v[:, :, :end]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, end))
+        if on_kernels(q):
+            local = self.with_window(k_rec, v_rec, start)    # before the ring is overwritten
+            self.store(k_rec, v_rec, start)
+            return kernels.attention_chunk(q, *local, self, start)
+        t = torch.arange(start, start + T, device=q.device)
+        held = self.layout.positions(t[:1])
+        p = torch.cat((held, t))
+        k = torch.cat((self.k, k_rec), dim=2)
+        v = torch.cat((self.v, v_rec), dim=2)
+        y = masked_softmax(q, k, v, self.layout.rule.allowed(t[:, None], p))
+        self.store(k_rec, v_rec, start)
+        return y
+
+    def recur(self, token):
+        """Equation (2) for one token: k~ and v~ (B, heads, Dh), which are also the new state."""
+        if token.g is None:
+            return token.k, token.v
+        a, rest = decay(token.g.to(self.state.dtype))
+        x = torch.stack((token.k, token.v))
+        self.state.copy_(a * self.state + rest * x)
+        return self.state.to(token.k.dtype)
+
+    def step(self, token, rope, seen):
+        """Equations (2) to (5), all but out_proj, for one new token at position `seen`: returns (B,
+        heads, Dh).
+
+        token: o, q, k, v, g of all heads, (B, H, Dh) each. seen: (1,) int64 on the device.
+        """
+        token = token.map(lambda z: z[:, self.heads])
+        if on_kernels(token.q):
+            return kernels.decode(token, self, rope, seen)
+        k, v = self.recur(token)                                            # (2)
+        q = rotate(token.q[:, :, None], *rope)                              # (B, heads, 1, Dh)
+        k = rotate(k[:, :, None], *rope)
+        y = self.attend_one(q, k, v[:, :, None], seen)                      # (3), (4)
+        return torch.sigmoid(token.o) * y[:, :, 0]                          # (5)
+
+    def attend_one(self, q, k, v, seen):
+        """Attention of one query over what is held and itself. The token is stored only afterwards.
+
+        The order matters: the slot that the token takes in the ring holds position t - W until
+        then, and the query at t still attends to t - W. """
+        p = torch.cat((self.layout.positions(seen), seen))
+        mask = self.rule.allowed(seen[:, None], p)                          # (1, slots + 1)
+        all_k = torch.cat((self.k, k), dim=2)
+        all_v = torch.cat((self.v, v), dim=2)
+        y = masked_softmax(q, all_k, all_v, mask)
+        if self.layout.keeps(seen, seen + 1):
+            slot = self.layout.slot_of(seen)
+            self.k.index_copy_(2, slot, k)
+            self.v.index_copy_(2, slot, v)
+        return y
 
 
 class TopkCache(GroupCache):
-    """The same with top-k blocks. Any block may be chosen later, so all positions are held, in order, as for D1; few are read.
+    """The same with top-k blocks. A later query may choose any block, so every position is held, in
+    order.
 
-    summaries: of all blocks, (B, heads, blocks, Dh), or 2 Dh for minmax, in the keys' dtype; for `last` a view of the keys.
+    summaries: of all blocks, as `block_summaries` makes them, in the dtype of the keys.
     """
 
-    def __init__(self, rule, batch, heads, Dh, max_len, dtype, device):
-        block = max(1, min(rule.block, max_len))
-        super().__init__(Rule(dilation=1), batch, heads, Dh, -(-max_len // block) * block, dtype, device)
-        self.rule = replace(rule, block=block, window=min(rule.window, max_len), sinks=min(rule.sinks, max_len))
-        self.summaries = block_summaries(self.k, block, rule.score)
-        self.tensors += [self.summaries] * (rule.score != "last")
+    def __init__(self, group, layout, like, batch, state):
+        super().__init__(group, layout, like, batch, state)
+        self.rule = group.rule.within(layout.slots)
+        self.summaries = block_summaries(self.k, self.rule.block, self.rule.score)
+        if self.rule.score != "last":                  # that one is a view of the keys
+            self.tensors.append(self.summaries)
 
-    def read(self, t):
-        return super().read(t) + (t // self.rule.block).double().mean().item() * self.summaries[:, :, :1].nbytes
+    def bytes_read(self, t):
+        blocks = (t // self.rule.block).double().mean().item()
+        return super().bytes_read(t) + blocks * self.summaries[:, :, :1].nbytes
 
-    def step(self, y, x, state, rope, seen):
-        decode_topk(y, x, state, rope, self.k, self.v, self.summaries, seen, *self.rule.sizes, self.rule.score)
+    def summarise(self, first, end):
+        """Renew the summaries of the blocks that hold positions first to end - 1."""
+        if self.rule.score == "last":
+            return
+        block = self.rule.block
+        begin, stop = first // block, -(-end // block)
+        keys = self.k[:, :, begin * block:stop * block]
+        self.summaries[:, :, begin:stop] = block_summaries(keys, block, self.rule.score)
 
     def attend(self, q, k_rec, v_rec, start):
-        end, block = start + q.shape[2], self.rule.block
-        self.k[:, :, start:end], self.v[:, :, start:end] = k_rec, v_rec
-        first, last = start // block, -(-end // block)
-        if self.rule.score != "last":                              # those are in the keys already
-            self.summaries[:, :, first:last] = block_summaries(self.k[:, :, first * block:last * block], block, self.rule.score)
-        return self.rule.attend(q, self.k[:, :, :end], self.v[:, :, :end])
+        q, k_rec, v_rec = q[:, self.heads], k_rec[:, self.heads], v_rec[:, self.heads]
+        end = start + q.shape[2]
+        self.store(k_rec, v_rec, start)
+        self.summarise(start, end)
+        k = self.k[:, :, :end]
+        v = self.v[:, :, :end]
+        if on_kernels(q):
+            return kernels.attention_topk(q, k, v, self.rule, self.summaries)
+        t = torch.arange(start, end, device=q.device)
+        summaries = self.summaries[:, :, :-(-end // self.rule.block)]
+        return attention_topk(q, k, v, summaries, t, self.rule)
+
+    def attend_one(self, q, k, v, seen):
+        """The token is stored first here: every position has a slot of its own."""
+        self.k.index_copy_(2, seen, k)
+        self.v.index_copy_(2, seen, v)
+        size = self.rule.block
+        block = seen // size
+        p = block * size + torch.arange(size, device=seen.device)
+        keys = self.k.index_select(2, p)
+        if self.rule.score != "last":
+            self.summaries.index_copy_(2, block, block_summaries(keys, size, self.rule.score))
+        return attention_topk(q, self.k, self.v, self.summaries, seen, self.rule)
 
 
 class Cache:
-    """What decoding keeps: RATPlus.new_cache makes it, prefill and step fill it, up to max_len tokens.
+    """What decoding keeps of `batch` sequences of up to max_len tokens. RATPlus.new_cache makes it.
 
-    length: tokens seen so far, as the host counts; seen: the same on the device (1,). groups[layer][group]: a GroupCache.
-    state[layer]: k~ (before RoPE) and v~ of the last token, (2, B, C) float32 (float64 with a cache of that); (2, B, 0) without
-    recurrence.
-    """
+    length: how many tokens it has seen. seen: the same number on the device, (1,) int64, for the
+    kernels. groups[layer][group]: a GroupCache. state[layer]: (2, B, C) float32 (float64 in a
+    float64 model), k~ before RoPE and v~. The dtype of keys and values is fixed here; so is the
+    dtype that prefill and steps compute in. """
 
-    def __init__(self, config, batch, max_len, pattern, dtype, device):
-        self.pattern, self.batch, self.max_len, self.length = pattern, batch, max_len, 0
-        self.seen = torch.zeros(1, dtype=torch.long, device=device)
-        Dh, layers = config.n_embd // config.n_head, range(config.n_layer)
-        self.groups = [[(TopkCache if rule.topk else GroupCache)(rule, batch, heads.stop - heads.start, Dh, max_len, dtype,
-                                                                 device)
-                        for rule, heads in pattern.groups(i, config.n_head)] for i in layers]
-        C, exact = config.n_embd * config.recurrence, torch.promote_types(dtype, torch.float32)
-        self.state = [torch.zeros(2, batch, C, dtype=exact, device=device) for _ in layers]
+    def __init__(self, config, batch, max_len, pattern, dtype, weight):
+        self.pattern = pattern
+        self.batch = batch
+        self.max_len = max_len
+        self.dtype = dtype
+        self.weight_dtype = weight.dtype
+        self.whole = True
+        self.length = 0
+        self.seen = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self.groups = []
+        self.state = []
+        exact = torch.promote_types(dtype, torch.float32)
+        for i in range(config.n_layer):
+            state = weight.new_zeros(2, batch, config.state_width, dtype=exact)
+            self.state.append(state)
+            state = state.unflatten(-1, (-1, config.head_width))            # (2, B, H, Dh)
+            like = weight.new_empty(0, config.head_width, dtype=dtype)
+            groups = pattern.groups(i, config.n_head)
+            self.groups.append([self.new_group(group, like, state) for group in groups])
 
-    def check(self, T):
-        """ValueError, before anything is overwritten, if T more tokens would run past max_len."""
-        if self.length + T > self.max_len:
-            raise ValueError(f"the cache is too short: {self.length} tokens seen + {T} new > max_len {self.max_len}")
+    def new_group(self, group, like, state):
+        block = group.rule.within(self.max_len).block or 1
+        layout = Layout(group.rule, -(-self.max_len // block) * block)      # top-k: whole blocks
+        kind = TopkCache if group.rule.topk else GroupCache
+        return kind(group, layout, like, self.batch, state[:, :, group.heads])
+
+    def check(self, T, weight):
+        """ValueError, before anything is changed, if T more tokens can't be appended by a model of
+        this weight.
+        """
+        require(self.whole, "the cache is incomplete: appending to it failed halfway")
+        require(self.length + T <= self.max_len, "the cache is too short: "
+                f"{self.length} tokens seen + {T} new > max_len {self.max_len}")
+        require(weight.dtype == self.weight_dtype and weight.device == self.seen.device,
+                f"the cache was made for {self.weight_dtype} weights on {self.seen.device}, "
+                f"the model has {weight.dtype} on {weight.device}")
+
+    @contextlib.contextmanager
+    def appending(self, T):
+        """Around what appends T tokens: afterwards the length is advanced, or, if it failed, the
+        cache is marked.
+        """
+        self.whole = False
+        yield
+        self.seen += T
+        self.length += T
+        self.whole = True
+
+    def computing(self):
+        """A context in which a model computes in the dtype of this cache, whatever autocast says
+        around it.
+        """
+        on = self.dtype != self.weight_dtype
+        return torch.autocast(self.seen.device.type, self.dtype, enabled=on, cache_enabled=False)
+
+    def all_groups(self):
+        return itertools.chain(*self.groups)
 
     @property
     def nbytes(self):
         """Bytes of all keys, values, summaries and states, as allocated."""
-        return sum(z.nbytes for z in [*self.state, *(z for layer in self.groups for group in layer for z in group.tensors)])
+        tensors = itertools.chain(self.state, *(group.tensors for group in self.all_groups()))
+        return sum(z.nbytes for z in tensors)
 
     @property
     def slots(self):
-        """slots[layer][group]: how many positions are held now."""
-        return [[group.held(self.seen) for group in layer] for layer in self.groups]
+        """slots[layer][group]: how many positions are held now, that is, how many slots are in use.
+        """
+        counts = []
+        for groups in self.groups:
+            counts.append([group.held(self.seen) for group in groups])
+        return counts
 
     def read(self, t):
-        """Bytes of it that a step at position t reads, states included, as a mean over an int64 CPU tensor of positions."""
-        return sum(z.nbytes for z in self.state) + sum(group.read(t) for layer in self.groups for group in layer)
+        """Bytes that a step at position t reads of it, states included, as a mean over an int64 CPU
+        tensor of positions.
+        """
+        states = sum(z.nbytes for z in self.state)
+        return states + sum(group.bytes_read(t) for group in self.all_groups())
 
 
 # ---------------------------------------------------------------------------------------------
 # The model
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """The output head and its loss, summed over tokens, without ever holding all logits.
+def head_loss(x, weight, targets, dtype):
+    """Output head and cross-entropy, summed over the targets that are not -100: a float32 scalar.
 
-    With N = B T tokens, z_n = W x_n (V,) the logits of token n and y_n its target (tokens with target -100 are left out):
-        loss = sum_n logsumexp(z_n) - z_n[y_n]
-        dz_n = softmax(z_n) - onehot(y_n)        dx_n = W^T dz_n        dW = sum_n dz_n x_n^T
-
-    x (N, C), weight (V, C), targets (N,) int; returns a scalar, float32 (float64 for float64 inputs). `dtype`, the
-    compute dtype, is that of the matrix products; softmax and the sums are float32. Tokens go by in chunks of `rows`,
-    enough to keep the products busy; with `grad`, a chunk's logits become their own gradient, of which dx and dW follow
-    at once, so that backward only scales them. Bytes held in bfloat16: 2 rows V of logits, 4 N C of dx, 4 V C of dW. The
-    logits of all tokens would be 2 N V, and 4 N V in float32.
-    """
-    @staticmethod
-    def forward(ctx, x, weight, targets, dtype, grad, rows=8192):
-        acc = torch.promote_types(dtype, torch.float32)
-        w, loss, dx, dw = weight.to(dtype), 0, [], torch.zeros_like(weight, dtype=acc) if grad else None
-        for x_rows, y in zip(x.to(dtype).split(rows), targets.split(rows)):
-            z = x_rows @ w.T                                                             # (rows, V)
-            loss = loss + cross_entropy_(z, y, grad).sum()
-            if grad:                                                                     # z is dz now
-                dx.append(z @ w)
-                dw += z.T @ x_rows
-        if grad:
-            ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, dloss):
-        dx, dw = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype), None, None, None, None
+    x: (N, C); weight: (V, C); targets: (N,) int64; dtype: of the matrix product. Another target
+    outside [0, V) is a ValueError on a CPU. On a GPU the sum is NaN then, since an error would have
+    to wait for the device. """
+    wrong = (targets != -100) & ((targets < 0) | (targets >= len(weight)))
+    if not targets.is_cuda:
+        found = targets[wrong][:1].tolist()
+        require(not found, f"loss: targets are -100 or lie in [0, {len(weight)}), not {found}")
+    if on_kernels(x):
+        return kernels.head_loss(x, weight, targets, dtype)
+    logits = F.linear(x, weight)
+    total = F.cross_entropy(logits, targets.masked_fill(wrong, -100), reduction="sum")
+    return total.masked_fill(wrong.any(), math.nan)
 
 
 class RATPlus(nn.Module):
-    """The language model. Its weights know no pattern: every call names one, as text or Pattern; left out: D1, dense."""
+    """The language model. Its weights know no pattern: every call names one, as text or Pattern.
+    The default is D1, dense.
+
+    checkpointing: set it to True to hold only the inputs of blocks in training and compute the rest
+    again in backward. """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing = config, False                # checkpointing: blocks run again in backward
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)    # also the output head
+        self.config = config
+        self.checkpointing = False
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)         # also the output head
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         for p in self.parameters():
@@ -412,139 +859,407 @@ class RATPlus(nn.Module):
 
     @property
     def compute_dtype(self):
-        """The dtype of matrix products: autocast's, or the weights'."""
-        weight, kind = self.embed.weight, self.embed.weight.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        """The dtype of matrix products: autocast's, or that of the weights."""
+        kind = self.embed.weight.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.embed.weight.dtype
 
-    def hidden(self, idx, pattern, cache=None):
-        """(B, T) int -> (B, T, C): all but the last norm and the output head. With a cache, idx continues what it has seen."""
-        t = torch.arange(idx.shape[1], device=idx.device) + (cache.seen if cache else 0)
-        rope = rope_angles(t, self.config.n_embd // self.config.n_head)
+    def hidden(self, idx, pattern):
+        """(B, T) int -> (B, T, C): the model but for the last norm and the output head. pattern: a
+        Pattern.
+        """
+        shape = tuple(idx.shape)
+        require(len(shape) == 2 and shape[1] >= 1, f"tokens are (B, T >= 1), not {shape}")
+        rope = rope_angles(torch.arange(idx.shape[1], device=idx.device), self.config.head_width)
         x = self.embed(idx)
         for i, block in enumerate(self.blocks):
-            arguments = x, rope, pattern.groups(i, self.config.n_head), *((cache, i) if cache else ())
-            again = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
-        if cache:
-            cache.seen += idx.shape[1]
+            groups = pattern.groups(i, self.config.n_head)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, groups, use_reentrant=False)
+            else:
+                x = block(x, rope, groups)
         return x
 
     def head(self, x):
+        """(..., C) -> logits (..., V)"""
         return F.linear(self.norm(x), self.embed.weight)
 
     def forward(self, idx, pattern="D1"):
-        """Logits (B, T, V) of idx (B, T), every position in parallel. ValueError for a pattern that does not fit."""
-        return self.head(self.hidden(idx, Pattern.parse(pattern).fit(self.config)))
+        """Logits (B, T, V) of idx (B, T), all positions in parallel. ValueError for a pattern that
+        does not fit.
+        """
+        pattern = Pattern.parse(pattern).fit(self.config)
+        return self.head(self.hidden(idx, pattern))
 
     def loss(self, idx, targets, pattern="D1"):
-        """Mean cross-entropy in nats over targets (B, T) that are not -100, a float32 scalar; 0 if all are."""
-        x, weight = self.norm(self.hidden(idx, Pattern.parse(pattern).fit(self.config))), self.embed.weight
-        grad = torch.is_grad_enabled()
-        total = LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.compute_dtype, grad)
+        """Mean cross-entropy in nats over the targets (B, T) that are not -100, a float32 scalar; 0
+        if all are.
+
+        ValueError for targets of another shape, and on a CPU for other targets outside the
+        vocabulary (see head_loss). """
+        same = targets.shape == idx.shape and targets.device == idx.device
+        require(same, f"loss: targets {tuple(targets.shape)} on {targets.device} for tokens "
+                f"{tuple(idx.shape)} on {idx.device}")
+        pattern = Pattern.parse(pattern).fit(self.config)
+        x = self.norm(self.hidden(idx, pattern)).flatten(0, 1)
+        total = head_loss(x, self.embed.weight, targets.flatten().long(), self.compute_dtype)
         return total / (targets != -100).sum().clamp(min=1)
 
     def compile(self, **options):
-        """torch.compile the blocks, each by itself: they are alike, so that one graph a rule serves all."""
+        """torch.compile each block by itself: they are alike, so one graph for each rule serves all
+        of them.
+        """
         for block in self.blocks:
             block.compile(**options)
 
-    def new_cache(self, batch, max_len, pattern="D1", device=None):
-        """An empty Cache for `batch` sequences of up to max_len tokens, in the compute dtype (autocast's or the weights').
+    # Decoding. A prompt is appended in chunks, all positions of a chunk at once; then one token at
+    # a time is appended.
 
-        device: the weights' own; "meta" allocates nothing and still knows its nbytes.
-        """
+    def new_cache(self, batch, max_len, pattern="D1", device=None):
+        """An empty Cache for `batch` sequences of up to max_len tokens, in the compute dtype.
+
+        device: where, by default with the weights; "meta" allocates nothing and still knows its
+        nbytes. """
         pattern = Pattern.parse(pattern).fit(self.config)
-        return Cache(self.config, batch, max_len, pattern, self.compute_dtype, device or self.embed.weight.device)
+        weight = self.embed.weight.detach()
+        if device is not None:
+            weight = weight.to(device)
+        return Cache(self.config, batch, max_len, pattern, self.compute_dtype, weight)
+
+    def append(self, idx, cache):
+        """Run idx (B, T) as the continuation of what the cache has seen; x (B, C) of the last
+        position, before the head.
+        """
+        t = torch.arange(idx.shape[1], device=idx.device) + cache.seen
+        rope = rope_angles(t, self.config.head_width)
+        x = self.embed(idx)
+        for block, groups, state in zip(self.blocks, cache.groups, cache.state):
+            state = state if state.numel() else None
+            x = block.forward(x, rope, groups, state, cache.length)    # block(...) may be compiled
+        return x[:, -1]
+
+    def append_one(self, token, cache):
+        """The same for one token (B,) of each sequence. It reads the position on the device, so a
+        CUDA graph can hold it.
+        """
+        rope = rope_angles(cache.seen, self.config.head_width)
+        x = self.embed(token.clamp(min=0))                                  # -1: see `choose`
+        for block, groups in zip(self.blocks, cache.groups):
+            x = block.step(x, rope, groups, cache.seen)
+        return x
 
     @torch.no_grad()
     def prefill(self, idx, cache, chunk=8192):
-        """Append idx (B, T) to the cache; logits (B, V) of the last position. Call again to append more.
+        """Append idx (B, T) to the cache; returns logits (B, V) of the last position. Call it again
+        to append more.
 
-        Long prompts go in chunks, so that keys and values of a chunk in one layer are all that exists beside the cache.
-        ValueError, with the cache untouched, if idx has another batch size or would run past max_len.
-        """
-        if idx.dim() != 2 or idx.shape[1] < 1 or len(idx) != cache.batch:
-            raise ValueError(f"prefill: tokens of shape {tuple(idx.shape)}, the cache wants ({cache.batch}, T >= 1)")
-        cache.check(idx.shape[1])
-        for piece in idx.split(chunk, dim=1):
-            x = self.hidden(piece, cache.pattern, cache)
-            cache.length += piece.shape[1]
-        return self.head(x[:, -1])
+        Long prompts go in chunks, so that beside the cache only the keys and values of one chunk of
+        one layer exist. ValueError, with the cache unchanged, if idx does not fit the cache. """
+        shape = tuple(idx.shape)
+        require(len(shape) == 2 and shape[0] == cache.batch and shape[1] >= 1,
+                f"prefill: tokens {shape}, the cache wants ({cache.batch}, T >= 1)")
+        cache.check(idx.shape[1], self.embed.weight)
+        with cache.computing():
+            for piece in idx.split(chunk, dim=1):
+                T = piece.shape[1]
+                with cache.appending(T):
+                    if T == 1:
+                        x = self.append_one(piece[:, 0], cache)
+                    else:
+                        x = self.append(piece, cache)
+            return self.head(x)
 
     def step(self, token, cache):
-        """Append one token (B,) per sequence; logits (B, V) for the next."""
+        """Append one token (B,) to each sequence; returns logits (B, V) for the next."""
         return self.prefill(token[:, None], cache)
 
     @torch.no_grad()
     def decode(self, logits, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
-        """Yield tokens (B,) without end, the first drawn from logits (B, V), each next one after appending that before it.
+        """Yield tokens (B,) without end: the first drawn from logits (B, V), each next one after
+        appending the one before.
 
-        A sequence that yielded `stop` yields it ever after. ValueError at the token for which the cache has no room.
-        On a GPU the first step compiles the kernels, and the second is captured as a CUDA graph, sampling included, that is
-        replayed for all later ones: a graph is a list of kernels with fixed arguments, and the position is read on the device.
-        """
-        token = choose(logits, temperature, top_k, top_p)
+        A sequence that yielded `stop` yields it ever after. ValueError at the token for which the
+        cache has no room. On a GPU this has three phases. The first step runs as it is, which
+        compiles the kernels. The second is captured as a CUDA graph: a list of kernels with fixed
+        arguments, sampling included. All later steps replay the graph. The position changes all the
+        same, as kernels read it from `cache.seen`. """
+        generator = new_generator(logits.device)
+        token = choose(logits, temperature, top_k, top_p, generator)
 
         def step():
-            new = choose(self.head(self.hidden(token[:, None], cache.pattern, cache)[:, -1]), temperature, top_k, top_p)
+            """Replace `token` by the next one."""
+            logits = self.head(self.append_one(token, cache))
+            new = choose(logits, temperature, top_k, top_p, generator)
             token.copy_(new if stop is None else new.masked_fill(token == stop, stop))
 
+        advance = step
         for i in itertools.count():
             yield token.clone()
-            cache.check(1)
-            if i == 1 and token.is_cuda and triton:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step()
-                step = graph.replay
-            step()
-            cache.length += 1
+            cache.check(1, self.embed.weight)
+            with cache.appending(1), cache.computing():
+                if i == 1 and logits.is_cuda and on_kernels(logits):
+                    advance = capture(step, generator)
+                advance()
 
     def stream(self, idx, n_new, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
-        """Prefill idx, then yield up to n_new tokens (B,), as `decode` does, fewer if all sequences stop. That is looked up
-        every 16 tokens, as each look makes the host wait for the device."""
+        """Prefill idx, then yield up to n_new tokens (B,) as `decode` does; fewer if all sequences
+        stop.
+
+        ValueError if the logits become NaN. On a GPU both are checked every 16 tokens and at the
+        end, since each check makes the host wait for the device. """
         tokens = self.decode(self.prefill(idx, cache), cache, temperature, top_k, top_p, stop)
         for i, token in enumerate(itertools.islice(tokens, n_new), 1):
+            if i % 16 == 0 or i == n_new or not token.is_cuda:
+                require((token >= 0).all(), "the model's logits are NaN: there is no next token")
             yield token
-            if stop is not None and i % 16 == 0 and (token == stop).all():
+            if i % 16 == 0 and stop is not None and (token == stop).all():
                 return
 
-    def generate(self, idx, n_new, pattern="D1", temperature=1.0, top_k=None, top_p=None, stop=None):
-        """idx (B, T) and n_new tokens after it: (B, T + n_new). Sequences that reach `stop` are filled up with it."""
+    def generate(self, idx, n_new, pattern="D1", temperature=1.0, top_k=None, top_p=None,
+                 stop=None):
+        """idx (B, T) and n_new tokens after it: (B, T + n_new). Sequences that reach `stop` are
+        filled up with it.
+        """
         cache = self.new_cache(len(idx), idx.shape[1] + n_new, pattern)
         new = list(self.stream(idx, n_new, cache, temperature, top_k, top_p, stop))
         new += new[-1:] * (n_new - len(new))
         return torch.cat((idx, *(token[:, None] for token in new)), dim=1)
 
 
-def choose(logits, temperature=1.0, top_k=None, top_p=None):
-    """Draw a token (B,) from logits (B, V), in float32. Temperature 0: the likeliest. top_k: among the k likeliest.
-    top_p: among the fewest whose probabilities reach p."""
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError("sampling wants temperature >= 0, top_k >= 1, 0 < top_p <= 1; "
-                         f"got {temperature}, {top_k}, {top_p}")
+CAPTURING = threading.Lock()                           # PyTorch captures one graph at a time
+STREAMS = threading.local()
+
+
+def capture_stream(device):
+    """This thread's stream for capturing. Matrix products have one workspace a stream, so a stream
+    for every graph would pile them up, and graphs of two threads must not share one."""
+    if str(device) not in STREAMS.__dict__:
+        STREAMS.__dict__[str(device)] = torch.cuda.Stream(device)
+    return STREAMS.__dict__[str(device)]
+
+
+def capture(step, generator):
+    """The CUDA graph of step() as a function that replays it; step itself if it can't be captured.
+
+    Capturing runs nothing. It happens on a stream of its own, and other threads may use the GPU
+    meanwhile. """
+    device = generator.device
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    stream = capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with CAPTURING, torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+    except RuntimeError as error:
+        warnings.warn(f"decoding goes on without a CUDA graph: {str(error).splitlines()[0]}")
+        return step
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph.replay
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+def new_generator(device):
+    """A random generator on `device`, seeded by torch's own: torch.manual_seed fixes it, and other
+    threads leave it alone.
+    """
+    generator = torch.Generator(device)
+    return generator.manual_seed(torch.randint(2**62, ()).item())
+
+
+def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw a token (B,) from logits (B, V), in float32. Nothing here makes the host wait for a GPU.
+
+    temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p: draw among
+    the fewest tokens whose probabilities reach p. A logit of +inf is the likeliest. Where a row
+    holds NaN there is no token: -1 on a GPU, a ValueError on a CPU. ValueError for impossible
+    arguments. """
+    k_right = top_k is None or top_k >= 1
+    p_right = top_p is None or 0 < top_p <= 1
+    require(temperature >= 0 and k_right and p_right,
+            "sampling wants temperature >= 0, top_k >= 1, 0 < top_p <= 1; got "
+            f" {temperature}, {top_k}, {top_p}")
+    best, likeliest = logits.max(-1, keepdim=True)
+    lost = best[:, 0].isnan()
+    require(logits.is_cuda or not lost.any(), "the model's logits are NaN: there is no next token")
     if temperature == 0:
-        return logits.argmax(-1)
-    below = logits.float() - logits.amax(-1, keepdim=True)             # the likeliest: 0, at the lowest temperature too
-    probs, tokens = (below / max(temperature, 1e-30)).softmax(-1), None
+        return likeliest[:, 0].masked_fill(lost, -1)
+    below = (logits.float() - best).masked_fill(logits == best, 0)    # it may be +inf
+    probs = (below / max(temperature, 1e-30)).softmax(-1)
+    tokens = None
     if top_k is not None or top_p is not None:
-        probs, tokens = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]))       # likeliest first
+        V = probs.shape[-1]
+        probs, tokens = probs.topk(min(top_k or V, V))                 # the likeliest first
     if top_p is not None:
-        likelier = (probs.cumsum(-1) - probs) / probs.sum(-1, keepdim=True)              # the probability of those before
-        probs = probs.masked_fill(likelier >= top_p, 0)
-    race = torch.empty_like(probs).exponential_().clamp_(min=1e-10)    # i wins argmax p_i / Exp(1) with probability p_i;
-    drawn = (probs / race).argmax(-1)                                  # unlike multinomial, this never waits for the host
-    return drawn if tokens is None else tokens.gather(1, drawn[:, None])[:, 0]
+        likelier = probs.cumsum(-1) - probs            # the probability of all likelier tokens
+        probs = probs.masked_fill(likelier >= top_p * probs.sum(-1, keepdim=True), 0)
+    # The largest p_i / e_i, with e_i exponential, is i with probability p_i. Unlike multinomial
+    # this never waits.
+    e = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-10)
+    drawn = (probs / e).argmax(-1)
+    if tokens is not None:
+        drawn = tokens.gather(1, drawn[:, None])[:, 0]
+    return drawn.masked_fill(lost, -1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Patterns: a rule for each layer and head group, as a short text
+
+LETTERS = dict(                                        # of a rule's text, in order
+    D="dilation",
+    W="window",
+    S="sinks",
+    N="block",
+    K="topk",
+)
+RIGHT = "A right one is D16W256S4, W1024S4, D1,D64, D1/D64 or N64K16:minmax"
+
+
+def rule_text(rule):
+    """The canonical text of a Rule."""
+    values = {letter: getattr(rule, field) for letter, field in LETTERS.items()}
+    text = "".join(f"{letter}{value}" for letter, value in values.items() if value) or "W0"
+    return text if rule.score == "mean" else f"{text}:{rule.score}"
+
+
+def parse_rule(text, score):
+    """The Rule that `text` spells; ValueError says what is wrong with it."""
+    fields, _, named = text.partition(":")
+    match = re.fullmatch("".join(f"(?:{letter}([0-9]{{1,9}}))?" for letter in LETTERS), fields)
+    digits = match.groups() if match else ()
+    values = {letter: int(found) for letter, found in zip(LETTERS, digits) if found}
+    require(values, f"{text!r} is not made of fields {' '.join(LETTERS)}, in this order, "
+            "a number of up to 9 digits after each")
+    require(0 not in (values.get("D"), values.get("N"), values.get("K")),
+            "D, N and K start at 1 (no dilated positions: leave D out)")
+    require(("N" in values) == ("K" in values), "N (block size) and K (how many) go together")
+    require(":" not in text or (named in SCORES and "K" in values), f"{text!r}: top-k blocks are "
+            f"scored by one of {', '.join(SCORES)}, other patterns have no score")
+    score = named or score if "K" in values else "mean"
+    return Rule(**{LETTERS[letter]: value for letter, value in values.items()}, score=score)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """layers[i][j]: the rule of head group j in layer i. Layers cycle through the outer tuple,
+    heads split evenly.
+
+    As text: D16, D16W256S4, W1024S4 (no grid), D1,D64 (layers alternate), D1/D64 (half of the heads
+    each), D64N64K8, N64K16:minmax (top-k blocks scored by minmax; without a score: mean), W0 (a
+    query sees only itself: no attention). """
+    layers: tuple
+
+    @staticmethod
+    def parse(text, score="mean"):
+        """The Pattern that `text` spells; a Pattern is passed through. ValueError in one line for
+        anything else.
+
+        score: of top-k blocks whose text names none.
+        """
+        if isinstance(text, Pattern):
+            return text
+        require(isinstance(text, str), f"pattern {text!r}: a pattern is a text. {RIGHT}")
+        require(score in SCORES, f"score {score!r} is not one of {', '.join(SCORES)}")
+        layers = []
+        try:
+            for layer in text.split(","):
+                layers.append(tuple(parse_rule(part, score) for part in layer.split("/")))
+        except ValueError as error:
+            raise ValueError(f"pattern {text!r}: {error}. {RIGHT}") from None
+        return Pattern(tuple(layers))
+
+    def __str__(self):
+        return ",".join("/".join(map(rule_text, rules)) for rules in self.layers)
+
+    def fit(self, config):
+        """The pattern itself, if a model of this shape can run it; ValueError in one line if not.
+        """
+        named = len(self.layers)
+        require(named <= config.n_layer, f"pattern '{self}': {named} layers are named, "
+                f"the model has {config.n_layer}. A right one is D1,D64")
+        for i in range(named):
+            self.groups(i, config.n_head)
+        return self
+
+    def groups(self, layer, n_head):
+        """[Group] of a layer of n_head heads. ValueError if the heads do not split evenly."""
+        rules = self.layers[layer % len(self.layers)]
+        require(n_head % len(rules) == 0, f"pattern '{self}': {len(rules)} head groups "
+                f"do not divide {n_head} heads. A right one is D1/D64")
+        size = n_head // len(rules)
+        groups = []
+        for i, rule in enumerate(rules):
+            groups.append(Group(rule, slice(i * size, (i + 1) * size)))
+        return groups
+
+    def mask(self, T, layer=0, group=0):
+        """(T, T) bool: True where the query (row) may attend to the key (column). ValueError for
+        top-k blocks.
+        """
+        rule = self.layers[layer % len(self.layers)][group]
+        require(not rule.topk, f"pattern '{self}': top-k blocks follow the data, "
+                "so they have no fixed mask. A right one is D16W256S4")
+        t = torch.arange(T)
+        return rule.allowed(t[:, None], t)
+
+    def keys_per_token(self, config, T):
+        """Mean number of keys per query in a window of T tokens, over positions, layers and heads.
+        """
+        total = 0.0
+        for i in range(config.n_layer):
+            for group in self.groups(i, config.n_head):
+                total += group.count * mean_keys(group.rule, T)
+        return total / (config.n_layer * config.n_head)
+
+    def draw(self, T):
+        """The masks as text: D on the grid, S a sink, W in the window, . not attended."""
+        lines = []
+        for i, rules in enumerate(self.layers):
+            for j, rule in enumerate(rules):
+                mask = self.mask(T, i, j)
+                lines.append(f"{rule_text(rule)}: layer {i} of every {len(self.layers)}, "
+                             f"head group {j} of {len(rules)}")
+                lines += [f"{t:4} {draw_row(rule, mask[t, :t + 1])}" for t in range(T)]
+                lines.append(f"     {mask.sum() / T:.1f} keys per query, dense {(T + 1) / 2:.1f}\n")
+        return "\n".join(lines)
+
+
+def mean_keys(rule, T):
+    """Mean number of keys of the queries of T positions under a rule."""
+    counts = [rule.count_keys(t) for t in torch.arange(T).split(1024)]
+    return torch.cat(counts).mean().item()
+
+
+def draw_row(rule, mask):
+    """One query's row of a mask as letters."""
+    letters = []
+    for p, attended in enumerate(mask.tolist()):
+        letter = "W"
+        if p < rule.sinks:
+            letter = "S"
+        if on_grid(p, rule.dilation):
+            letter = "D"
+        letters.append(letter if attended else ".")
+    return " ".join(letters)
 
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
 
 def save_checkpoint(path, model, **meta):
-    """Write the weights, the config and `meta` (plain values and tensors) so that `path` is always whole.
+    """Write the weights, the config and `meta` (plain values and tensors) so that `path` is always
+    whole.
 
-    The file is written beside `path`, flushed to disk and renamed. OSError if that fails; an older file then stays.
-    """
+    The file is written beside `path`, flushed to disk and renamed. OSError if that fails; an older
+    file then stays. """
+    model = getattr(model, "_orig_mod", model)         # what torch.compile(model) wraps
     partial = f"{path}.tmp"
     try:
         with open(partial, "wb") as f:
@@ -552,57 +1267,77 @@ def save_checkpoint(path, model, **meta):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:                       # RuntimeError: torch's writer on a full disk
-        raise OSError(f"{path} is not saved, an older one is as it was ({str(error).splitlines()[0]})") from error
+    except (OSError, RuntimeError) as error:           # RuntimeError: torch's writer on a full disk
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} is not saved, an older one is as it was ({reason})") from error
     finally:
         if os.path.exists(partial):
             os.remove(partial)
 
 
-def load_checkpoint(path, device="cpu"):
-    """(model, meta) from our file or the authors' .pth. Nothing in the file is executed.
+def load_checkpoint(path, device="cpu", training=False):
+    """(model, meta) from our file or the authors' .pth. Nothing in the file is executed. The
+    weights are float32.
 
-    meta: what save_checkpoint was given; tokenizer "ids" and pattern "D1" where it says nothing else.
-    OSError if there is no file, ValueError if it is not a whole checkpoint.
-    """
+    meta: what save_checkpoint was given; tokenizer "ids" and pattern "D1" where it says nothing
+    else. The optimizer's state, twice as large as the weights, is in it only with training=True.
+    OSError if there is no file, ValueError if it is not a whole checkpoint. """
+    easydict = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])
     try:
-        easydict = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])    # reads as a plain dict
         with open(path, "rb") as f, easydict, warnings.catch_warnings(action="ignore"):
             data = torch.load(f, map_location="cpu", weights_only=True)
         data = data if "model" in data else from_authors(data)
-        with torch.device("meta"):                                 # spends no memory and no random numbers
+        if not training:
+            data.pop("optimizer", None)
+        with torch.device("meta"):                     # spends no memory and no random numbers
             model = RATPlus(RATConfig(**data.pop("config")))
         model.load_state_dict(data.pop("model"), assign=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except Exception as error:                                     # torn or foreign: torch raises all kinds
+    except Exception as error:                         # torn or foreign: torch raises all kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        raise ValueError(f"{path}: not a whole checkpoint, ours or the authors' ({reason})") from error
-    return model.to(device).eval(), {"tokenizer": "ids", "pattern": "D1", **data}
+        told = f"{path}: not a whole checkpoint, ours or the authors' ({reason})"
+        raise ValueError(told) from error
+    return model.float().to(device).eval(), {"tokenizer": "ids", "pattern": "D1", **data}
 
 
-AUTHORS_NAMES = {"_orig_mod.": "", "embedding.wte": "embed", "backbone.ln": "norm", "backbone.layers": "blocks",
-                 "seq_layer.input_norm": "mix.norm", "seq_layer": "mix", "hidden_layer.ln": "norm", "hidden_layer.": ""}
+AUTHORS_NAMES = {
+    "_orig_mod.": "",
+    "embedding.wte": "embed",
+    "backbone.ln": "norm",
+    "backbone.layers": "blocks",
+    "seq_layer.input_norm": "mix.norm",
+    "seq_layer": "mix",
+    "hidden_layer.ln": "norm",
+    "hidden_layer.": "",
+}
 
 
 def from_authors(data):
-    """The authors' checkpoint, or its weights alone, as ours. Older files hold the rows of g apart, as fgate_proj."""
+    """The authors' checkpoint, or its weights alone, as ours. Older files hold the rows of g apart,
+    as fgate_proj.
+    """
     weights = {}
     for name, tensor in data.get("task", data).items():
         for theirs, ours in AUTHORS_NAMES.items():
             name = name.replace(theirs, ours)
         weights[name] = tensor.float()
-    embed, n_layer = weights["embed.weight"], sum(name.endswith("in_proj.weight") for name in weights)
-    if not torch.equal(weights.pop("head.lm_head.weight", embed), embed):
-        raise ValueError("the output head is not tied to the embedding")
-    for i in range(n_layer):
-        in_proj, gate = f"blocks.{i}.mix.in_proj.weight", weights.pop(f"blocks.{i}.mix.fgate_proj.weight", None)
-        weights[in_proj] = weights[in_proj] if gate is None else torch.cat((weights[in_proj], gate))
+    embed = weights["embed.weight"]
+    head = weights.pop("head.lm_head.weight", embed)
+    require(torch.equal(head, embed), "the output head is not tied to the embedding")
+    layers = [name for name in weights if name.endswith("in_proj.weight")]
+    for name in layers:                                # g comes last among the rows of in_proj
+        gate = weights.pop(name.replace("in_proj", "fgate_proj"), weights[name][:0])
+        weights[name] = torch.cat((weights[name], gate))
     V, C = embed.shape
-    Dh = data["config"]["model"]["backbone"]["seq_cell"]["d_head"] if "config" in data else 128
-    recurrence = len(weights["blocks.0.mix.in_proj.weight"]) == 5 * C
-    config = dict(vocab_size=V, n_layer=n_layer, n_head=C // Dh, n_embd=C, recurrence=recurrence)
-    return {"config": config, "model": weights, "step": data.get("step")}
+    head_width = 128                                   # of all released models
+    if "config" in data:
+        head_width = data["config"]["model"]["backbone"]["seq_cell"]["d_head"]
+    n_head = C // head_width
+    shape = dict(vocab_size=V, n_layer=len(layers), n_head=n_head, n_embd=C)
+    full = sum(RATConfig(**shape).widths.values())
+    shape["recurrence"] = len(weights[layers[0]]) == full
+    return {"config": shape, "model": weights, "step": data.get("step")}
 
 
 if __name__ == "__main__":
@@ -610,8 +1345,7 @@ if __name__ == "__main__":
         sys.exit("usage: python model.py PATTERN [T]")
     try:
         T = int(sys.argv[2]) if sys.argv[2:] else 20
-        if not 1 <= T <= 1000:
-            raise ValueError(f"T is from 1 to 1000, not {T}")
+        require(1 <= T <= 1000, f"T is from 1 to 1000, not {T}")
         print(Pattern.parse(sys.argv[1]).draw(T))
     except ValueError as error:
         sys.exit(f"model.py: {error}")
