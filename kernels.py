@@ -5,7 +5,7 @@ computes.
   recurrence   h_t = a_t * h_{t-1} + (1 - a_t) * x_t     a_t = sigmoid(g_t), x in {k, v}     (2)
   attention    y_t = sum over allowed p of softmax_p(q_t . k_p / sqrt(Dh)) v_p              (3)
   allowed      p <= t, and p is on the dilated grid, in the window, or a sink               (4)
-  decode       (2) to (5) for one token of each sequence, against a cache
+  decode       (2) to (4), and sigmoid(o) * y of (5), for one token of each sequence and a cache
   rotate       RoPE                      head_loss    output head and cross-entropy
 
 A kernel runs as many programs at once. A program is a block of GPU threads that owns one part of
@@ -20,8 +20,9 @@ the output. Programs start in the order of their number.
   BS               number of splits, rounded up to a power of 2
   RUN, COPIES      see the recurrence
 
-A comment behind a line gives the shape of a tile. `python kernels.py` times every operation beside
-PyTorch's own. Triton's interpreter runs the kernels on a CPU with TRITON_INTERPRET=1, for tests.
+A comment after a line often gives the shape of a tile. `python kernels.py` times the main
+operations beside PyTorch's own. With TRITON_INTERPRET=1 Triton's interpreter runs the kernels on a
+CPU, for tests.
 """
 import argparse
 import math
@@ -73,7 +74,7 @@ def require(condition, message):
 
 
 def require_alike(name, **tensors):
-    """ValueError unless the tensors share shape, device, and a dtype that the kernels take."""
+    """ValueError unless the tensors share shape and device, and kernels take their dtypes."""
     first = next(iter(tensors.values()))
     for x in tensors.values():
         if x.shape != first.shape or x.device != first.device or x.dtype not in DTYPES:
@@ -168,9 +169,8 @@ def store_rows(x, b, h, row, values, live, DH: tl.constexpr, BD: tl.constexpr):
 
 @jit
 def decay(g):
-    """a = sigmoid(g) and 1 - a, each to full precision; 1 - a by subtraction would be 0 for g > 17.
-    """
-    e = tl.exp(-tl.maximum(g, -87.0))                  # exp(88) is infinite
+    """a = sigmoid(g) and 1 - a, precise for g > -87. The difference would be 0 for g > 17."""
+    e = tl.exp(-tl.maximum(g, -87.0))                  # exp(89) overflows
     a = 1 / (1 + e)
     return a, e * a
 
@@ -183,8 +183,8 @@ def then(a1, k1, v1, a2, k2, v2):
 
 @jit
 def then_run(a1, k1, v1, A1, K1, V1, a2, k2, v2, A2, K2, V2):
-    """The same for runs of steps. The capitals leave out the last run: a scan of them gives what
-    enters each run.
+    """The same for runs of steps. Small letters: inclusive scan of the runs. Capitals: exclusive
+    scan, hence what enters each run.
     """
     return a1 * a2, a2 * k1 + k2, a2 * v1 + v2, a1 * A2, A2 * k1 + K2, A2 * v1 + V2
 
@@ -203,9 +203,10 @@ def either(a, b):
 
 @jit
 def read_words(word, mask, COPIES: tl.constexpr):
-    """The words (BC,), 0 if not yet sent. Every thread reads for itself and the COPIES are joined:
-    threads that read the same word at different times would otherwise not agree on whether it has
-    come.
+    """The words (BC,), 0 if not yet sent.
+
+    Several threads hold the same element of a (BC,) tile. They load it separately, so they may see
+    different values. A (COPIES, BC) tile has one element a thread, and OR makes all of them agree.
     """
     word = word[None, :] + tl.zeros((COPIES, 1), tl.int32)
     return tl.reduce(tl.load(word, mask=mask[None, :], other=1, volatile=True), 0, either)
@@ -226,7 +227,8 @@ def chain(a, x_k, x_v, first_k, first_v, words, chunk, chunks, b, c, C, COPIES: 
     """h_t = a_t * h_{t-1} + x_t over the tile (N, RUN, BC) of a chunk, x in {k, v}, in float32.
 
     first (B, C): what enters chunk 0; words (B, chunks, 2, C) int64: what leaves each chunk.
-    Returns h_k, h_v (N, RUN, BC) and h at the end of the chunk, 2 x (BC,). """
+    Returns h_k, h_v (N, RUN, BC) and h at the end of the chunk, 2 x (BC,).
+    """
     p, h_k, h_v = tl.associative_scan((a, x_k, x_v), 1, then)
     zero = last(p, 1) * 0
     runs = last(p, 1), last(h_k, 1), last(h_v, 1), zero + 1, zero, zero
@@ -286,9 +288,9 @@ def recurrence_forward_kernel(
     chunk, b, c, i = place(B, C, RUN, BT, BC)
     live = (i < T - chunk * BT) & (c < C)[None, None, :]  # (N, RUN, BC)
     at = b * stride_b + chunk * BT * stride_t + i * stride_t + c[None, None, :]
-    a, keep = decay(load_float(g + at, live, float("inf")))  # past the end a = 1: h stays as it is
-    x_k = keep * load_float(k + at, live, 0)
-    x_v = keep * load_float(v + at, live, 0)
+    a, rest = decay(load_float(g + at, live, float("inf")))  # past the end a = 1: h stays as it is
+    x_k = rest * load_float(k + at, live, 0)
+    x_v = rest * load_float(v + at, live, 0)
     h_k, h_v, end_k, end_v = chain(a, x_k, x_v, k0, v0, words, chunk, chunks, b, c, C, COPIES)
     if chunk == chunks - 1:
         tl.store(k_end + b * C + c, end_k, mask=c < C)
@@ -338,14 +340,14 @@ def recurrence_backward_kernel(
         a_0 = decay(load_float(g + b * stride_b + c, c < C, 0))[0]
         tl.store(dk0 + b * C + c, a_0 * first_k, mask=c < C)
         tl.store(dv0 + b * C + c, a_0 * first_v, mask=c < C)
-    a, keep = decay(load_float(g + at, live, 0))
+    a, rest = decay(load_float(g + at, live, 0))
     state_k = load_float(k0 + b * C + c, c < C, 0)[None, None, :]
     state_v = load_float(v0 + b * C + c, c < C, 0)[None, None, :]
     has_before = i < end                               # before step 0 lies the state
     prev_k = tl.where(has_before, load_float(k_rec + out - C, live & has_before, 0), state_k)
     prev_v = tl.where(has_before, load_float(v_rec + out - C, live & has_before, 0), state_v)
-    d_k *= keep
-    d_v *= keep
+    d_k *= rest
+    d_v *= rest
     far_k = prev_k - load_float(k + at, live, 0)
     far_v = prev_v - load_float(v + at, live, 0)
     tl.store(dk + out, d_k.to(dk.dtype.element_ty), mask=live)
@@ -442,7 +444,8 @@ def recurrence(k, v, g, state=None):
     """Equation (2) by the kernel: model.recurrence, with the same arguments and results.
 
     k, v, g: (B, T, C), T >= 1, any strides; state: 2 x (B, C) or None. ValueError for shapes or
-    devices that do not match. """
+    devices that do not match.
+    """
     require_alike("recurrence", k=k, v=v, g=g)
     if k.dim() != 3 or k.shape[1] < 1:
         raise ValueError(f"recurrence: k, v, g are (B, T >= 1, C), got {tuple(k.shape)}")
@@ -546,10 +549,11 @@ def rotate(x, cos, sin):
     return rotate_operator(x, cos, sin) if recorded(x) else run_rotate(x, cos, sin)
 
 
-# --------------------------------------------------------------------------------------------- Who
-# sees whom, equation (4), and where a cache keeps a position. These are the twins of model.allowed
-# and of model.Layout; tests compare each twin with its original over all positions and slots.
-# Positions are int32 here.
+# ---------------------------------------------------------------------------------------------
+# Who sees whom, equation (4), and where a cache keeps a position
+#
+# These are the twins of model.allowed and of model.Layout. Tests compare each twin with its
+# original over all positions and slots. Positions are int32 here.
 
 FAR = tl.constexpr(2**30)  # a position that no query reaches; so T < 2^30
 
@@ -557,8 +561,9 @@ FAR = tl.constexpr(2**30)  # a position that no query reaches; so T < 2^30
 class Span(NamedTuple):
     """A rule's sizes as a constant of a kernel.
 
-    reach: how far behind the query a key may lie that is neither on the grid nor a sink. A cache
-    has a ring of as many slots. """
+    reach: the largest t - p of a key that a query sees and that is neither on the grid nor a sink.
+    Loops over the window and the ring of a cache are this long; masks use the sizes themselves.
+    """
     dilation: int
     window: int
     sinks: int
@@ -681,7 +686,7 @@ def slot_in_use(n, t, SPAN: tl.constexpr):
 # The idea: the keys that a query at t sees are of three kinds, and every key is of one kind only:
 #
 #   itself     p = t
-#   lasting    p < t, a sink or on the grid: every later query sees it too
+#   lasting    p < t, a sink or on the grid: every query from p on sees it
 #   near       p < t in the window, not lasting
 #
 # The lasting positions form a list, j -> p. A program owns BM queries of one head. Itself starts
@@ -732,7 +737,8 @@ def attention_forward_kernel(
     `start`.
 
     Row i of k and v is the key at position origin + i. CACHED: lasting keys come from k_cache,
-    v_cache, Rows of (B, H, slots, Dh), instead. """
+    v_cache, Rows of (B, H, slots, Dh), instead.
+    """
     bh, b, h, row = query_block(H, T, BM)
     i = row + tl.arange(0, BM)
     live = i < T
@@ -1047,7 +1053,8 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     """Equation (3) by the kernel: model.attention, with the same arguments and result.
 
     q, k_rec, v_rec: (B, H, T, Dh), one dtype, any strides. ValueError for what does not match, and
-    for too wide heads. """
+    for too wide heads.
+    """
     q, k_rec, v_rec = in_autocast_dtype(q, k_rec, v_rec)
     require_alike("attention", q=q, k_rec=k_rec, v_rec=v_rec)
     require(q.dim() == 4 and q.dtype == k_rec.dtype == v_rec.dtype,
@@ -1064,7 +1071,8 @@ def attention_chunk(q, k_local, v_local, cache, start):
 
     q: (B, h, T, Dh). k_local, v_local: (B, h, L, Dh), the last L = min(window, start) + T
     positions. cache: model.GroupCache, in whose sinks and grid the chunk is stored already. A
-    lasting key is read from there, every other from k_local. """
+    lasting key is read from there, every other from k_local.
+    """
     y, _ = run_attention(q, k_local, v_local, cache.layout.span, start, (cache.k, cache.v))
     return y
 
@@ -1141,8 +1149,8 @@ def load_query(q, b, h, cos, sin, d, scale, DH: tl.constexpr):
 @jit
 def recur(x, g, state, b, h, d, DH: tl.constexpr):
     """Equation (2) for channels d of one token."""
-    a, keep = decay(load_channels(g, b, h, d, DH))
-    return a * load_channels(state, b, h, d, DH) + keep * load_channels(x, b, h, d, DH)
+    a, rest = decay(load_channels(g, b, h, d, DH))
+    return a * load_channels(state, b, h, d, DH) + rest * load_channels(x, b, h, d, DH)
 
 
 @jit
@@ -1154,7 +1162,8 @@ def decode_attend_kernel(
     """Program (bh, split): attention of the token over its share of the slots in use.
 
     partial (B * H, splits, Dh + 2) float32: acc, m, l. The shares follow from `seen`, equal at any
-    length to one tile. Slots that hold no allowed position are not loaded. """
+    length to one tile. Slots that hold no allowed position are not loaded.
+    """
     bh = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
@@ -1268,7 +1277,8 @@ def decode(token, cache, rope, seen, splits=None):
     layout. Its state is replaced by the token's, and the token is stored if the next query may use
     it. rope: cos and sin (1, Dh/2) float32 of the token's position. seen: (1,) int64 on the device,
     that position. splits: how many programs share a head's slots; None: enough to fill the GPU.
-    ValueError for what does not match. """
+    ValueError for what does not match.
+    """
     o, q, k, v, g = token
     require_alike("decode", **{name: x for name, x in zip("oqkvg", token) if x is not None})
     B, h, slots, Dh = cache.k.shape
@@ -1278,7 +1288,7 @@ def decode(token, cache, rope, seen, splits=None):
             f"the cache wants {(B, h, Dh)} {cache.k.dtype} on {cache.k.device}")
     require(q.stride(-1) == 1, "decode: the channels of a head must be neighbours in memory")
     y = q.new_empty(B, h, Dh)
-    state = cache.state if g is not None else torch.stack((k, v))  # not read without g
+    state = cache.state if g is not None else (k, v)   # a placeholder without g, not read
     BD = triton.next_power_of_2(Dh)
     BN = max(4096 // BD, 16)                           # 32 keys of 128 channels
     splits = splits or split_count(B * h, slots, BN, q.device)
@@ -1321,7 +1331,8 @@ def cross_entropy_kernel(z, y, loss, V, BV: tl.constexpr, GRAD: tl.constexpr):
     """z (rows, V) contiguous, replaced by dz if GRAD; y (rows,) int64; loss (rows,) float32.
 
     A row whose target is -100 counts nothing. Any other target outside [0, V) makes the loss and dz
-    NaN. """
+    NaN.
+    """
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BV)
     z += row * V
@@ -1336,10 +1347,10 @@ def cross_entropy_kernel(z, y, loss, V, BV: tl.constexpr, GRAD: tl.constexpr):
         live = v0 + v < V
         x = tl.load(z + v0 + v, mask=live, other=-float("inf"), eviction_policy="evict_last")
         x = x.to(tl.float32) * LOG2E
-        e = tl.exp2(-tl.abs(x - m))                    # 2^(m - top) or 2^(x - top), the one below 1
+        e = tl.exp2(-tl.abs(x - m))                    # the factor of the smaller of the two
         l = tl.where(x > m, l * e + 1, l + e)
         m = tl.maximum(m, x)
-    top = tl.max(m, 0)                                 # a barrier: all have read z_y
+    top = tl.max(m, 0)                                 # waits for all threads: z_y has been read
     lse = top + tl.log2(tl.sum(l * tl.exp2(m - top), 0))
     tl.store(loss + row, tl.where(counted, (lse - z_y) / LOG2E * factor, 0))
     if GRAD:
@@ -1561,7 +1572,7 @@ class TimedCache(NamedTuple):
 
 
 def time_decode(B, T, name, span, H=16, Dh=128):
-    """One step at position T of a full cache, beside PyTorch's attention of one query over its
+    """One step at position T - 1 of a full cache, beside PyTorch's attention of one query over its
     slots.
     """
     D, W, S = span

@@ -8,8 +8,8 @@ positions: with dilation D it keeps every D-th position, and the cache shrinks D
   o, q, k, v, g = in_proj(RMSNorm(x))                                                         (1)
   k~_t = a_t * k~_{t-1} + (1 - a_t) * k_t      a_t = sigmoid(g_t); v~ has the same decay      (2)
   y_t  = sum over allowed p of softmax_p(RoPE(q)_t . RoPE(k~)_p / sqrt(Dh)) v~_p              (3)
-  allowed: p <= t and ((p + 1) mod D == 0 or t - p <= W or p < S)                             (4)
-           or, with top-k blocks, p lies in one of the K blocks of N positions that q_t prefers
+  allowed: p <= t and ((p + 1) mod D == 0 or t - p <= W or p < S                              (4)
+                       or, with top-k blocks, p lies in one of the K blocks chosen by q_t)
   x    = x + out_proj(sigmoid(o) * y)          then  x = x + fc2(gelu(fc1(RMSNorm(x))))       (5)
 
   code              shape            paper
@@ -21,12 +21,12 @@ positions: with dilation D it keeps every D-th position, and the cache shrinks D
   state             2 x (B, C)       k~ (before RoPE) and v~ of the last position, float32
   t, p              int64            position of a query, position of a key
   dilation          D                the authors' "-1" (no dilated positions) is 0 here
-  window, sinks     W, S             local_size, initial_size
-  block, topk       N, K             block size and number of blocks of top-k attention
+  window, sinks     W, S             local_size, initial_size; a query sees itself and W before it
+  block, topk       N, K             size and number of the blocks of top-k attention
 
 The functions and classes below define each operation, and they are what runs on a CPU. kernels.py
-holds a Triton kernel for each slow one. The line `if on_kernels(x): return kernels...` hands over
-to it on a GPU. Without kernels.py everything still works.
+holds a Triton kernel for each slow one. Wherever `if on_kernels(x):` stands, a kernel takes over on
+a GPU. Without kernels.py everything still works.
 
 `python model.py D4W4S2` draws a pattern.
 """
@@ -79,7 +79,7 @@ class RATConfig:
     """The shape of a model. With recurrence=False it is the attention-only baseline: there is no g,
     k~ = k and v~ = v.
 
-    What the recurrence decides is asked here and nowhere else.
+    What the recurrence decides is said here. Other code looks at whether g and the state exist.
     """
     vocab_size: int = 50304
     n_layer: int = 12
@@ -126,12 +126,12 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------
 # The definitions: who may attend to whom (4), the recurrence (2), RoPE, attention (3)
 
-FUTURE = 2**62                                         # a position behind all others
+FUTURE = 2**62                                         # a position after every real one
 
 
 def on_grid(p, dilation):
     """Is p the last position of its block of `dilation`? Dilation 0 means that there is no grid."""
-    return (p + 1) % dilation == 0 if dilation else p < 0
+    return (p + 1) % dilation == 0 if dilation else p < 0      # p < 0: False, in the shape of p
 
 
 def allowed(t, p, dilation, window, sinks):
@@ -140,7 +140,8 @@ def allowed(t, p, dilation, window, sinks):
 
     t, p: integers or integer tensors that broadcast. Returns bool. ValueError for negative sizes.
     The grid is absolute: all queries share it. A key that is off the grid and no sink is never
-    needed again once it has left the window, and that is why the cache shrinks. """
+    needed again once it has left the window, and that is why the cache shrinks.
+        """
     sizes = dilation, window, sinks
     require(min(sizes) >= 0, f"allowed: dilation, window, sinks are at least 0, not {sizes}")
     in_window = t - p <= window
@@ -149,10 +150,22 @@ def allowed(t, p, dilation, window, sinks):
 
 
 def decay(g):
-    """a = sigmoid(g) and 1 - a. Through the logarithm both, and their gradients, are precise where
-    a is close to 0 or 1.
+    """a = sigmoid(g) and 1 - a.
+
+    Near a = 1 the difference 1 - a would cancel, and the gradient of torch.sigmoid, a (1 - a),
+    would vanish. Through the logarithm both values and both gradients stay precise.
     """
     return F.logsigmoid(g).exp(), F.logsigmoid(-g).exp()
+
+
+@torch.compiler.disable                                # which would unroll the loop
+def scan(a, x, h):
+    """All h_t = a_t * h_{t-1} + x_t (2, B, T, C). a: (B, T, C); x: (2, B, T, C); h: (2, B, C)."""
+    steps = []
+    for a_t, x_t in zip(a.unbind(1), x.unbind(2)):
+        h = a_t * h + x_t
+        steps.append(h)
+    return torch.stack(steps, dim=2)
 
 
 def recurrence(k, v, g, state=None):
@@ -177,12 +190,9 @@ def recurrence(k, v, g, state=None):
     a, rest = decay(g.to(exact))                       # rest: 1 - a
     x = rest * torch.stack((k, v))                     # (2, B, T, C)
     h = torch.stack(tuple(state))                      # (2, B, C)
-    steps = []
-    for a_t, x_t in zip(a.unbind(1), x.unbind(2)):
-        h = a_t * h + x_t
-        steps.append(h)
-    k_rec, v_rec = torch.stack(steps, dim=2)
-    return k_rec.to(k.dtype), v_rec.to(v.dtype), (h[0], h[1])
+    k_rec, v_rec = scan(a, x, h)
+    end = k_rec[:, -1].clone(), v_rec[:, -1].clone()
+    return k_rec.to(k.dtype), v_rec.to(v.dtype), end
 
 
 def rope_angles(t, Dh):
@@ -209,12 +219,13 @@ def rotate(x, cos, sin):
     return torch.cat((y1, y2), dim=-1).to(x.dtype)
 
 
-def masked_softmax(q, k, v, mask):
+def masked_attention(q, k, v, mask):
     """Equation (3) for a given mask: softmax(q k^T / sqrt(Dh)) v, where the softmax runs over keys
     whose mask is True.
 
     q: (B, H, T, Dh); k, v: (B, H, n, Dh); mask: bool, broadcasts to (B, H, T, n). Returns (B, H, T,
-    Dh). """
+    Dh).
+        """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -224,7 +235,8 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
 
     q, k_rec, v_rec: (B, H, T, Dh), one dtype, after RoPE. Returns (B, H, T, Dh), differentiable.
     Where all earlier positions are allowed it is dense attention, PyTorch's own. ValueError for
-    shapes that do not match. """
+    shapes that do not match.
+        """
     shapes = [tuple(z.shape) for z in (q, k_rec, v_rec)]
     require(shapes[0] == shapes[1] == shapes[2],
             f"attention: q, k_rec, v_rec share a shape (B, H, T, Dh), not {shapes}")
@@ -238,7 +250,7 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
         return kernels.attention(q, k_rec, v_rec, dilation, window, sinks)
     t = torch.arange(T, device=q.device)
     mask = allowed(t[:, None], t, dilation, window, sinks)                  # (T, T): query, key
-    return masked_softmax(q, k_rec, v_rec, mask)
+    return masked_attention(q, k_rec, v_rec, mask)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -284,8 +296,8 @@ def choose_blocks(q, summaries, t, rule):
     """The blocks that queries at positions t (T,) attend to in full: (B, H, T, n) bool over n
     blocks.
 
-    The choice has no gradient. A query's own block is always chosen. Later blocks never are, and
-    neither their scores nor that of the own block count, since their summaries may be unfinished.
+    The choice has no gradient. A query's own block is always chosen, and later blocks never are.
+    Both are settled whatever their scores, so unfinished summaries do not matter.
     """
     own = (t // rule.block)[:, None]
     b = torch.arange(summaries.shape[2], device=q.device)
@@ -302,12 +314,13 @@ def attention_topk(q, k_rec, v_rec, summaries, t, rule):
     elsewhere.
 
     q: (B, H, T, Dh); k_rec, v_rec: (B, H, n, Dh), the keys at positions 0 to n - 1; summaries: of
-    their blocks. Returns (B, H, T, Dh), differentiable in q, k_rec, v_rec. """
+    their blocks. Returns (B, H, T, Dh), differentiable in q, k_rec, v_rec.
+        """
     p = torch.arange(k_rec.shape[2], device=q.device)
     chosen = choose_blocks(q, summaries, t, rule)
     in_chosen = chosen[..., p // rule.block]                                # (B, H, T, n)
     mask = in_chosen & (p <= t[:, None]) | rule.allowed(t[:, None], p)
-    return masked_softmax(q, k_rec, v_rec, mask)
+    return masked_attention(q, k_rec, v_rec, mask)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -334,7 +347,7 @@ class Rule:
         return allowed(t, p, *self.span)
 
     def within(self, max_len):
-        """The same rule for sequences of at most max_len positions, with no size beyond that."""
+        """The same rule for sequences of up to max_len positions: longer sizes are cut to that."""
         window = min(self.window, max_len)
         sinks = min(self.sinks, max_len)
         return replace(self, window=window, sinks=sinks, block=min(self.block, max_len))
@@ -354,18 +367,19 @@ class Rule:
     def count_keys(self, t):
         """How many keys the queries at t (n,) attend to, in float64. t: int64 on the CPU.
 
-        Which blocks top-k takes follows from the data. The count is then a mean over all choices.
+        Which blocks top-k takes follows from the data. The count is then the mean over all choices
+        of blocks.
         """
         p = torch.arange(int(t.max()) + 1)
         granted = self.allowed(t[:, None], p)
         if not self.topk:
             return granted.sum(1).double()
-        own = t // self.block                          # as many blocks lie before it
+        own = t // self.block                          # so many blocks lie before the own one
         taken = own.clamp(max=self.topk - 1)
         elsewhere = (granted & (p // self.block < own[:, None])).sum(1)
-        left = 1 - taken.double() / own.clamp(min=1)   # share of the earlier blocks not taken
+        not_taken = 1 - taken.double() / own.clamp(min=1)      # share of the earlier blocks
         in_own = t % self.block + 1
-        return in_own + taken * self.block + elsewhere * left
+        return in_own + taken * self.block + elsewhere * not_taken
 
 
 @dataclass(frozen=True)
@@ -375,12 +389,13 @@ class Group:
     heads: slice
 
     @property
-    def count(self):
+    def n_heads(self):
         return self.heads.stop - self.heads.start
 
     def attend(self, q, k_rec, v_rec, start=0):
-        """Attention of a whole sequence (it starts at position 0) in the heads of this group: (B,
-        heads, T, Dh).
+        """Attention of a whole sequence in the heads of this group: (B, heads, T, Dh).
+
+        start is 0. A GroupCache has the same method for chunks that start later.
         """
         return self.rule.attend(q[:, self.heads], k_rec[:, self.heads], v_rec[:, self.heads])
 
@@ -433,7 +448,8 @@ class Mixing(nn.Module):
         rope: cos and sin of x's positions. groups: the head groups of this layer. A chunk that
         continues a sequence gives more: groups are then the caches of the head groups, state (2, B,
         C) is the recurrent state, which is replaced by the state after x, and start is the first
-        position. """
+        position.
+        """
         o, q, k, v, g = self.in_proj(self.norm(x))                          # (1)
         k_rec, v_rec = k, v
         if g is not None:
@@ -501,16 +517,16 @@ class Block(nn.Module):
 #
 #   on the grid         slot S + W + p // D
 #   else, a sink        slot p
-#   else                ring slot S + p mod W, until position p + W takes it over
+#   else                ring slot S + p mod W, until it is overwritten
 #
 # For example D4W3S2 after 14 tokens, positions 0 to 13:
 #
 #   slot         0    1  |  2    3    4  |  5    6    7
 #   position     0    1  | 12   13    -  |  3    7   11        the window of query 14 is 11, 12, 13
 #
-# Slot 4 is a hole: it is the ring slot of 11, but 11 is on the grid and has its slot there. Which
-# position lies in a slot follows from `seen` alone, so the cache stores keys and values and nothing
-# else. Keys are stored after RoPE.
+# Slot 4 is a hole: it is the ring slot of 11, but 11 is on the grid and has its slot there. What
+# the hole still holds, position 8, is ignored. Which position lies in a slot follows from `seen`
+# alone, so there is no table of positions. Keys are stored after RoPE.
 
 class Layout:
     """The slots of a head group: which position lies in which slot."""
@@ -556,14 +572,15 @@ class GroupCache:
     """The keys (after RoPE), the values and the recurrent state of one head group of one layer.
 
     k, v: (B, heads, slots, Dh). state: (2, B, heads, Dh), a view of the layer's; without recurrence
-    it has no elements. """
+    it has no elements.
+        """
 
     def __init__(self, group, layout, like, batch, state):
         self.rule = group.rule
         self.heads = group.heads
         self.layout = layout
         self.state = state
-        shape = batch, group.count, layout.slots, like.shape[-1]
+        shape = batch, group.n_heads, layout.slots, like.shape[-1]
         self.k = like.new_zeros(shape)
         self.v = like.new_zeros(shape)
         self.tensors = [self.k, self.v]                # all that it allocated
@@ -574,9 +591,7 @@ class GroupCache:
         return int(self.layout.keeps(p, seen).sum())
 
     def bytes_read(self, t):
-        """Bytes that a step at position t reads of it, as a mean over an int64 CPU tensor of
-        positions.
-        """
+        """Mean of the bytes that a step reads of it, over the positions in t (n,), int64, CPU."""
         earlier = self.rule.count_keys(t) - 1          # its own key is not read from the cache
         return earlier.mean().item() * 2 * self.k[:, :, :1].nbytes
 
@@ -589,7 +604,7 @@ class GroupCache:
             self.k[:, :, start:end] = k_rec
             self.v[:, :, start:end] = v_rec
             return
-        p = torch.arange(start, end)                   # on the CPU: nothing waits for the GPU
+        p = torch.arange(start, end)                   # chosen on the CPU, without a wait
         p = p[self.layout.keeps(p, end)].to(self.k.device)
         slots = self.layout.slot_of(p)
         self.k.index_copy_(2, slots, k_rec.index_select(2, p - start))
@@ -607,8 +622,8 @@ class GroupCache:
         return k, v
 
     def attend(self, q, k_rec, v_rec, start):
-        """Attention of a chunk from position `start` on, over itself and what is held; then its
-        positions are stored.
+        """Attention of a chunk from position `start` on, over itself and what is held. The chunk is
+        stored too. Where the ring would lose what the chunk still needs, that is read first.
 
         q, k_rec, v_rec: (B, H, T, Dh), after RoPE, of all heads. Returns (B, heads, T, Dh).
         """
@@ -632,7 +647,7 @@ class GroupCache:
         p = torch.cat((held, t))
         k = torch.cat((self.k, k_rec), dim=2)
         v = torch.cat((self.v, v_rec), dim=2)
-        y = masked_softmax(q, k, v, self.layout.rule.allowed(t[:, None], p))
+        y = masked_attention(q, k, v, self.layout.rule.allowed(t[:, None], p))
         self.store(k_rec, v_rec, start)
         return y
 
@@ -646,8 +661,8 @@ class GroupCache:
         return self.state.to(token.k.dtype)
 
     def step(self, token, rope, seen):
-        """Equations (2) to (5), all but out_proj, for one new token at position `seen`: returns (B,
-        heads, Dh).
+        """Equations (2) to (4) and the gate of (5) for one new token at position `seen`: (B, heads,
+        Dh).
 
         token: o, q, k, v, g of all heads, (B, H, Dh) each. seen: (1,) int64 on the device.
         """
@@ -664,12 +679,13 @@ class GroupCache:
         """Attention of one query over what is held and itself. The token is stored only afterwards.
 
         The order matters: the slot that the token takes in the ring holds position t - W until
-        then, and the query at t still attends to t - W. """
+        then, and the query at t still attends to t - W.
+        """
         p = torch.cat((self.layout.positions(seen), seen))
         mask = self.rule.allowed(seen[:, None], p)                          # (1, slots + 1)
         all_k = torch.cat((self.k, k), dim=2)
         all_v = torch.cat((self.v, v), dim=2)
-        y = masked_softmax(q, all_k, all_v, mask)
+        y = masked_attention(q, all_k, all_v, mask)
         if self.layout.keeps(seen, seen + 1):
             slot = self.layout.slot_of(seen)
             self.k.index_copy_(2, slot, k)
@@ -721,11 +737,11 @@ class TopkCache(GroupCache):
         """The token is stored first here: every position has a slot of its own."""
         self.k.index_copy_(2, seen, k)
         self.v.index_copy_(2, seen, v)
-        size = self.rule.block
-        block = seen // size
-        p = block * size + torch.arange(size, device=seen.device)
-        keys = self.k.index_select(2, p)
         if self.rule.score != "last":
+            size = self.rule.block
+            block = seen // size
+            p = block * size + torch.arange(size, device=seen.device)
+            keys = self.k.index_select(2, p)
             self.summaries.index_copy_(2, block, block_summaries(keys, size, self.rule.score))
         return attention_topk(q, self.k, self.v, self.summaries, seen, self.rule)
 
@@ -736,7 +752,8 @@ class Cache:
     length: how many tokens it has seen. seen: the same number on the device, (1,) int64, for the
     kernels. groups[layer][group]: a GroupCache. state[layer]: (2, B, C) float32 (float64 in a
     float64 model), k~ before RoPE and v~. The dtype of keys and values is fixed here; so is the
-    dtype that prefill and steps compute in. """
+    dtype that prefill and steps compute in.
+        """
 
     def __init__(self, config, batch, max_len, pattern, dtype, weight):
         self.pattern = pattern
@@ -765,9 +782,7 @@ class Cache:
         return kind(group, layout, like, self.batch, state[:, :, group.heads])
 
     def check(self, T, weight):
-        """ValueError, before anything is changed, if T more tokens can't be appended by a model of
-        this weight.
-        """
+        """ValueError if a model of this weight can't append T more tokens."""
         require(self.whole, "the cache is incomplete: appending to it failed halfway")
         require(self.length + T <= self.max_len, "the cache is too short: "
                 f"{self.length} tokens seen + {T} new > max_len {self.max_len}")
@@ -777,8 +792,8 @@ class Cache:
 
     @contextlib.contextmanager
     def appending(self, T):
-        """Around what appends T tokens: afterwards the length is advanced, or, if it failed, the
-        cache is marked.
+        """Around what appends T tokens. The cache counts as broken until that has succeeded; then
+        its length advances, here and on the device. No other place changes it.
         """
         self.whole = False
         yield
@@ -787,9 +802,7 @@ class Cache:
         self.whole = True
 
     def computing(self):
-        """A context in which a model computes in the dtype of this cache, whatever autocast says
-        around it.
-        """
+        """A context in which models compute in the dtype of this cache, whatever autocast says."""
         on = self.dtype != self.weight_dtype
         return torch.autocast(self.seen.device.type, self.dtype, enabled=on, cache_enabled=False)
 
@@ -804,17 +817,14 @@ class Cache:
 
     @property
     def slots(self):
-        """slots[layer][group]: how many positions are held now, that is, how many slots are in use.
-        """
+        """slots[layer][group]: how many slots hold a position now (not how many were allocated)."""
         counts = []
         for groups in self.groups:
             counts.append([group.held(self.seen) for group in groups])
         return counts
 
     def read(self, t):
-        """Bytes that a step at position t reads of it, states included, as a mean over an int64 CPU
-        tensor of positions.
-        """
+        """Mean of the bytes that a step reads, over the positions in t (n,), int64, CPU."""
         states = sum(z.nbytes for z in self.state)
         return states + sum(group.bytes_read(t) for group in self.all_groups())
 
@@ -827,7 +837,8 @@ def head_loss(x, weight, targets, dtype):
 
     x: (N, C); weight: (V, C); targets: (N,) int64; dtype: of the matrix product. Another target
     outside [0, V) is a ValueError on a CPU. On a GPU the sum is NaN then, since an error would have
-    to wait for the device. """
+    to wait for the device.
+        """
     wrong = (targets != -100) & ((targets < 0) | (targets >= len(weight)))
     if not targets.is_cuda:
         found = targets[wrong][:1].tolist()
@@ -844,7 +855,8 @@ class RATPlus(nn.Module):
     The default is D1, dense.
 
     checkpointing: set it to True to hold only the inputs of blocks in training and compute the rest
-    again in backward. """
+    again in backward.
+        """
 
     def __init__(self, config):
         super().__init__()
@@ -866,9 +878,7 @@ class RATPlus(nn.Module):
         return self.embed.weight.dtype
 
     def hidden(self, idx, pattern):
-        """(B, T) int -> (B, T, C): the model but for the last norm and the output head. pattern: a
-        Pattern.
-        """
+        """(B, T) int -> (B, T, C): all but the last norm and the head. pattern: a Pattern."""
         shape = tuple(idx.shape)
         require(len(shape) == 2 and shape[1] >= 1, f"tokens are (B, T >= 1), not {shape}")
         rope = rope_angles(torch.arange(idx.shape[1], device=idx.device), self.config.head_width)
@@ -894,10 +904,11 @@ class RATPlus(nn.Module):
 
     def loss(self, idx, targets, pattern="D1"):
         """Mean cross-entropy in nats over the targets (B, T) that are not -100, a float32 scalar; 0
-        if all are.
+        if every target is -100.
 
         ValueError for targets of another shape, and on a CPU for other targets outside the
-        vocabulary (see head_loss). """
+        vocabulary (see head_loss).
+        """
         same = targets.shape == idx.shape and targets.device == idx.device
         require(same, f"loss: targets {tuple(targets.shape)} on {targets.device} for tokens "
                 f"{tuple(idx.shape)} on {idx.device}")
@@ -907,9 +918,7 @@ class RATPlus(nn.Module):
         return total / (targets != -100).sum().clamp(min=1)
 
     def compile(self, **options):
-        """torch.compile each block by itself: they are alike, so one graph for each rule serves all
-        of them.
-        """
+        """torch.compile each block by itself. They are alike: one graph a rule serves them all."""
         for block in self.blocks:
             block.compile(**options)
 
@@ -920,7 +929,8 @@ class RATPlus(nn.Module):
         """An empty Cache for `batch` sequences of up to max_len tokens, in the compute dtype.
 
         device: where, by default with the weights; "meta" allocates nothing and still knows its
-        nbytes. """
+        nbytes.
+        """
         pattern = Pattern.parse(pattern).fit(self.config)
         weight = self.embed.weight.detach()
         if device is not None:
@@ -936,7 +946,7 @@ class RATPlus(nn.Module):
         x = self.embed(idx)
         for block, groups, state in zip(self.blocks, cache.groups, cache.state):
             state = state if state.numel() else None
-            x = block.forward(x, rope, groups, state, cache.length)    # block(...) may be compiled
+            x = block.forward(x, rope, groups, state, cache.length)    # never the compiled block
         return x[:, -1]
 
     def append_one(self, token, cache):
@@ -954,8 +964,9 @@ class RATPlus(nn.Module):
         """Append idx (B, T) to the cache; returns logits (B, V) of the last position. Call it again
         to append more.
 
-        Long prompts go in chunks, so that beside the cache only the keys and values of one chunk of
-        one layer exist. ValueError, with the cache unchanged, if idx does not fit the cache. """
+        Long prompts go in chunks, so that only one chunk's activations exist at a time. ValueError,
+        with the cache unchanged, if idx does not fit the cache.
+        """
         shape = tuple(idx.shape)
         require(len(shape) == 2 and shape[0] == cache.batch and shape[1] >= 1,
                 f"prefill: tokens {shape}, the cache wants ({cache.batch}, T >= 1)")
@@ -979,18 +990,20 @@ class RATPlus(nn.Module):
         """Yield tokens (B,) without end: the first drawn from logits (B, V), each next one after
         appending the one before.
 
-        A sequence that yielded `stop` yields it ever after. ValueError at the token for which the
-        cache has no room. On a GPU this has three phases. The first step runs as it is, which
-        compiles the kernels. The second is captured as a CUDA graph: a list of kernels with fixed
-        arguments, sampling included. All later steps replay the graph. The position changes all the
-        same, as kernels read it from `cache.seen`. """
+        A sequence that yielded `stop` yields it ever after. ValueError when the cache is full.
+
+        With kernels on a GPU this has three phases. The first step runs as it is, which compiles
+        the kernels. Then a step is captured as a CUDA graph, which runs nothing: a graph is a list
+        of kernels with fixed arguments, sampling included. The second step and all later ones
+        replay it. `cache.appending` advances `cache.seen` outside the graph; kernels read it there.
+        """
         generator = new_generator(logits.device)
         token = choose(logits, temperature, top_k, top_p, generator)
 
         def step():
             """Replace `token` by the next one."""
-            logits = self.head(self.append_one(token, cache))
-            new = choose(logits, temperature, top_k, top_p, generator)
+            following = self.head(self.append_one(token, cache))
+            new = choose(following, temperature, top_k, top_p, generator)
             token.copy_(new if stop is None else new.masked_fill(token == stop, stop))
 
         advance = step
@@ -1004,14 +1017,17 @@ class RATPlus(nn.Module):
 
     def stream(self, idx, n_new, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
         """Prefill idx, then yield up to n_new tokens (B,) as `decode` does; fewer if all sequences
-        stop.
+        stop. ValueError if the logits become NaN.
 
-        ValueError if the logits become NaN. On a GPU both are checked every 16 tokens and at the
-        end, since each check makes the host wait for the device. """
+        Both are checked every 16 tokens, NaN also at the end: a check makes the host wait.
+        """
         tokens = self.decode(self.prefill(idx, cache), cache, temperature, top_k, top_p, stop)
+        recent = []
         for i, token in enumerate(itertools.islice(tokens, n_new), 1):
-            if i % 16 == 0 or i == n_new or not token.is_cuda:
-                require((token >= 0).all(), "the model's logits are NaN: there is no next token")
+            recent.append(token)
+            if i % 16 == 0 or i == n_new:
+                require((torch.stack(recent) >= 0).all(), NO_TOKEN)
+                recent.clear()
             yield token
             if i % 16 == 0 and stop is not None and (token == stop).all():
                 return
@@ -1032,8 +1048,9 @@ STREAMS = threading.local()
 
 
 def capture_stream(device):
-    """This thread's stream for capturing. Matrix products have one workspace a stream, so a stream
-    for every graph would pile them up, and graphs of two threads must not share one."""
+    """This thread's stream for capturing. Each stream gets a workspace for matrix products. A
+    stream for each graph would waste memory, and graphs of two threads must not share one.
+    """
     if str(device) not in STREAMS.__dict__:
         STREAMS.__dict__[str(device)] = torch.cuda.Stream(device)
     return STREAMS.__dict__[str(device)]
@@ -1043,7 +1060,8 @@ def capture(step, generator):
     """The CUDA graph of step() as a function that replays it; step itself if it can't be captured.
 
     Capturing runs nothing. It happens on a stream of its own, and other threads may use the GPU
-    meanwhile. """
+    meanwhile.
+        """
     device = generator.device
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
@@ -1066,6 +1084,9 @@ def capture(step, generator):
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
+NO_TOKEN = "the model's logits are NaN: there is no next token"
+
+
 def new_generator(device):
     """A random generator on `device`, seeded by torch's own: torch.manual_seed fixes it, and other
     threads leave it alone.
@@ -1080,7 +1101,8 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p: draw among
     the fewest tokens whose probabilities reach p. A logit of +inf is the likeliest. Where a row
     holds NaN there is no token: -1 on a GPU, a ValueError on a CPU. ValueError for impossible
-    arguments. """
+    arguments.
+        """
     k_right = top_k is None or top_k >= 1
     p_right = top_p is None or 0 < top_p <= 1
     require(temperature >= 0 and k_right and p_right,
@@ -1088,10 +1110,10 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
             f" {temperature}, {top_k}, {top_p}")
     best, likeliest = logits.max(-1, keepdim=True)
     lost = best[:, 0].isnan()
-    require(logits.is_cuda or not lost.any(), "the model's logits are NaN: there is no next token")
+    require(logits.is_cuda or not lost.any(), NO_TOKEN)
     if temperature == 0:
         return likeliest[:, 0].masked_fill(lost, -1)
-    below = (logits.float() - best).masked_fill(logits == best, 0)    # it may be +inf
+    below = (logits.float() - best).masked_fill(logits == best, 0)    # +inf - inf is NaN
     probs = (below / max(temperature, 1e-30)).softmax(-1)
     tokens = None
     if top_k is not None or top_p is not None:
@@ -1100,8 +1122,8 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_p is not None:
         likelier = probs.cumsum(-1) - probs            # the probability of all likelier tokens
         probs = probs.masked_fill(likelier >= top_p * probs.sum(-1, keepdim=True), 0)
-    # The largest p_i / e_i, with e_i exponential, is i with probability p_i. Unlike multinomial
-    # this never waits.
+    # With e_i drawn from an exponential, the largest p_i / e_i lies at i with probability p_i.
+    # Unlike multinomial this never makes the host wait.
     e = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-10)
     drawn = (probs / e).argmax(-1)
     if tokens is not None:
@@ -1153,7 +1175,8 @@ class Pattern:
 
     As text: D16, D16W256S4, W1024S4 (no grid), D1,D64 (layers alternate), D1/D64 (half of the heads
     each), D64N64K8, N64K16:minmax (top-k blocks scored by minmax; without a score: mean), W0 (a
-    query sees only itself: no attention). """
+    query sees only itself: no attention).
+        """
     layers: tuple
 
     @staticmethod
@@ -1215,7 +1238,7 @@ class Pattern:
         total = 0.0
         for i in range(config.n_layer):
             for group in self.groups(i, config.n_head):
-                total += group.count * mean_keys(group.rule, T)
+                total += group.n_heads * mean_keys(group.rule, T)
         return total / (config.n_layer * config.n_head)
 
     def draw(self, T):
@@ -1258,7 +1281,8 @@ def save_checkpoint(path, model, **meta):
     whole.
 
     The file is written beside `path`, flushed to disk and renamed. OSError if that fails; an older
-    file then stays. """
+    file then stays.
+        """
     model = getattr(model, "_orig_mod", model)         # what torch.compile(model) wraps
     partial = f"{path}.tmp"
     try:
@@ -1281,7 +1305,8 @@ def load_checkpoint(path, device="cpu", training=False):
 
     meta: what save_checkpoint was given; tokenizer "ids" and pattern "D1" where it says nothing
     else. The optimizer's state, twice as large as the weights, is in it only with training=True.
-    OSError if there is no file, ValueError if it is not a whole checkpoint. """
+    OSError if there is no file, ValueError if it is not a whole checkpoint.
+        """
     easydict = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])
     try:
         with open(path, "rb") as f, easydict, warnings.catch_warnings(action="ignore"):
