@@ -1,72 +1,113 @@
 """
-Resolution adaptation: from one dense checkpoint to a sparse one per pattern.
+Resolution adaptation: a dense checkpoint becomes a sparse one for each pattern.
 
-  theta_P = theta_dense; then, for a few steps, theta_P <- AdamW(theta_P, gradient of loss(batch; theta_P, P))     (7)
+  theta_P = theta_dense; then for a few steps
+  theta_P <- AdamW(theta_P, gradient of loss(batch; theta_P, P))                               (7)
 
-The pattern P is fixed and ARL is off. The learning rate starts at a tenth of pretraining's and falls along a cosine;
-batches are drawn at random offsets. The paper spends 1 % of the pretraining tokens on it.
+Only the pattern P is trained: no ARL. The learning rate starts at a tenth of pretraining's and
+falls along a cosine. Windows are drawn at random offsets. The paper spends 1 % of the pretraining
+tokens on it.
 
-`python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. Flags that are not given
-take what the pretraining used, but for --steps (1 % of its steps, at least 40), --lr (a tenth of its), --warmup (none) and what
-is no part of the recipe: --seed, --dtype, --score, --device and --compile.
+`python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. A flag
+that is not given has the value of the pretraining, but for --steps (a hundredth of its steps, at
+least 40), --lr (a tenth of its rate), --warmup (none), --seed and --dtype.
 """
+import contextlib
 import copy
 import os
-from dataclasses import asdict, dataclass
 
 from model import Pattern, load_checkpoint, save_checkpoint
-from train import (RANK, FitFlags, at_random, cut, evaluate, file_of, fingerprint, fit, flag, header, load_data, log_line,
-                   memory, new_optimizer, of_run, open_log, parse_flags, report, run)
+from train import (RANK, Parser, add_common_flags, add_data_flags, add_fit_flags, at_random, cut,
+                   evaluate, file_of, filled, fingerprint, fit, header, load_data, log_line, memory,
+                   merge, new_optimizer, note, of_run, open_log, pattern_flag, recorded,
+                   refuse_changes, report, resolve_fit, run, say)
 
 
-@dataclass
-class AdaptConfig(FitFlags):
-    checkpoint: str | None = flag(None, "the dense checkpoint; default: dense.pt in --out")
-    pattern: list = flag(("D16", "D64"), "the patterns, each adapted on its own from the dense checkpoint", nargs="+")
+def adapt_flags():
+    parser = Parser(__doc__)
+    add_common_flags(parser)
+    add_data_flags(parser)
+    add_fit_flags(parser)
+    parser.flag("--checkpoint", None, "the dense checkpoint; default: dense.pt in --out",
+                filled)
+    parser.flag("--pattern", ["D16", "D64"], "the patterns, each adapted from the dense checkpoint",
+                pattern_flag, nargs="+")
+    return parser
 
 
-def main():
-    given = parse_flags(AdaptConfig, __doc__)
-    config = AdaptConfig(**given)
-    dense = config.checkpoint or os.path.join(config.out, "dense.pt")
-    dense_model, meta = load_checkpoint(dense, config.device)
-    pretraining = {"steps": 0, "lr": 1e-3, **meta.get("train", {})}
-    recipe = {"steps": max(40, pretraining["steps"] // 100), "lr": pretraining["lr"] / 10, "warmup": 0.0}
-    config = of_run(AdaptConfig, dense, meta, {**recipe, **given, "compile": config.compile}).check()
-    patterns = [Pattern.parse(pattern, config.score).fit(dense_model.config) for pattern in config.pattern]
-    parent, done = fingerprint(dense_model), []
-    for path in (file_of(pattern, config.out) for pattern in patterns):
-        if os.path.exists(path) and not config.overwrite:
-            if not config.resume or load_checkpoint(path)[1].get("parent") != parent:
-                raise ValueError(f"{path} exists: --resume keeps it if {dense} is its parent, --overwrite adapts anew")
-            done.append(path)
-    train, val, _ = load_data(config, dense_model.config.vocab_size)
-    os.makedirs(config.out, exist_ok=True)
+def settle(parser, given, path, meta):
+    """The config: the defaults, what pretraining used, adaptation's own recipe, the given flags."""
+    inherited = of_run(path, meta, given, parser.defaults)
+    run_of = merge(parser.defaults, inherited)
+    lr = run_of.lr / 10
+    steps = max(40, inherited.get("steps", 0) // 100)
+    recipe = {"steps": steps, "lr": lr, "min_lr": min(lr, run_of.min_lr), "warmup": 0.0}
+    config = merge(parser.defaults, inherited, recipe, given)
+    resolve_fit(config)
+    config.eval_interval = config.steps                 # validation is at the end only
+    return config
+
+
+def finished(paths, parent, given):
+    """The files that --resume keeps. ValueError if a file is in the way, or was made otherwise."""
+    kept = []
+    for path in filter(os.path.exists, paths):
+        if not given.get("resume") and not given.get("overwrite"):
+            raise ValueError(f"{path} exists: --resume keeps it, --overwrite adapts anew")
+        if given.get("resume"):
+            meta = load_checkpoint(path)[1]
+            if meta.get("parent") != parent:
+                raise ValueError(f"{path} exists, and was adapted from other weights: --overwrite "
+                                 "adapts anew")
+            refuse_changes(path, meta["adapt"], given, {"pattern"})
+            kept.append(path)
+    return kept
+
+
+def main(argv=None):
+    parser = adapt_flags()
+    given = vars(parser.parse_args(argv))
+    dense = given.get("checkpoint") or os.path.join(given.get("out", "out"), "dense.pt")
+    dense_model, meta = load_checkpoint(dense)
+    config = settle(parser, given, dense, meta)
+    dense_model.to(config.device)
+    patterns = {name: Pattern.parse(name).fit(dense_model.config) for name in config.pattern}
+    if len(patterns) < len(config.pattern):
+        note(f"--pattern {' '.join(config.pattern)}: those that are the same are adapted once")
+    paths = {name: file_of(name, config.out) for name in patterns}
+    parent = fingerprint(dense_model)
+    kept = finished(paths.values(), parent, given)
+    data = load_data(config, dense_model.config.vocab_size)
     header(dense_model, config)
 
     def batch(step):
-        return cut(train, at_random(step, config, len(train)), config.context, config.eot)
+        windows = at_random(step, config, data.train)
+        return cut(data.train, windows, config.context, config.eot)
 
-    dense_loss, rows = evaluate(dense_model, val, "D1", config), []
-    for pattern in patterns:
-        path = file_of(pattern, config.out)
-        if path in done:
-            continue
-        model = copy.deepcopy(dense_model)
-        before = evaluate(model, val, pattern, config)
-        with open_log(path[:-len("pt")] + "jsonl") as log:
-            report(log, f"{pattern} | {config}", pattern=str(pattern), config=asdict(config))
-            for record in fit(model, config, [pattern], batch, new_optimizer(model, config)):
-                if record["step"] % config.log_interval == 0 or record["step"] == config.steps:
-                    report(log, f"{pattern} | {log_line(record, config)}", **record)
-            after = evaluate(model, val, pattern, config)
+    dense_loss = evaluate(dense_model, data.val, "D1", config)
+    rows = ["| pattern | dense loss | sparse before | sparse after |", "|---|---|---|---|"]
+    with contextlib.ExitStack() as stack:
+        todo = [name for name in patterns if paths[name] not in kept]
+        logs = {name: stack.enter_context(open_log(paths[name])) for name in todo}
+        for name in todo:                               # all old files are set aside by now
+            model = copy.deepcopy(dense_model)
+            pattern = patterns[name]
+            flags = recorded(vars(config))
+            report(logs[name], f"{name} | {flags}", pattern=name, config=flags)
+            before = evaluate(model, data.val, pattern, config)
+            optimizer = new_optimizer(model, config)
+            for record in fit(model, config, batch, optimizer, pattern):
+                report(logs[name], f"{name} | {log_line(record, config)}", **record)
+            after = evaluate(model, data.val, pattern, config)
             if RANK == 0:
-                save_checkpoint(path, model, step=config.steps, pattern=str(pattern), parent=parent, val={str(pattern): after},
-                                tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=asdict(config))
-            losses = f"dense {dense_loss:.4f}, sparse before {before:.4f}, after {after:.4f}"
-            report(log, f"{pattern} | val {losses}{memory(config)} | saved {path}", dense=dense_loss, before=before, after=after)
-        rows.append(f"| {pattern} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")
-    print("\n| pattern | dense loss | sparse before | sparse after |\n|---|---|---|---|", *rows, sep="\n")
+                save_checkpoint(paths[name], model, step=config.steps, pattern=name, parent=parent,
+                                val={name: after}, tokenizer=meta["tokenizer"],
+                                train=meta.get("train", {}), adapt=flags)
+            report(logs[name], f"{name} | val dense {dense_loss:.4f}, sparse before {before:.4f}, "
+                   f"after {after:.4f}{memory(config)} | saved {paths[name]}", dense=dense_loss,
+                   before=before, after=after)
+            rows.append(f"| {name} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")
+    say("\n" + "\n".join(rows))
 
 
 if __name__ == "__main__":

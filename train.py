@@ -1,27 +1,30 @@
 """
-Dense pretraining of RAT+ with active recurrence learning (ARL).
+Dense pretraining of RAT+ with active recurrence learning (ARL), and fine-tuning.
 
-With dense attention at hand the recurrence stays lazy: it learns a reach of a few tokens, too short to stand in for the
-positions that a dilation skips. So every batch is used twice, each time for a full optimizer update:
+A model that may attend everywhere has no need of its recurrence, which then learns to reach back a
+few tokens only. A dilation of 64 needs it to reach 64. So each batch is used for two full updates:
 
-  theta <- AdamW(theta, gradient of loss(batch; theta, D64))      sparse: a lazy recurrence hurts here      (6)
-  theta <- AdamW(theta, gradient of loss(batch; theta, D1))       dense: and attention stays able
+  theta <- AdamW(theta, gradient of loss(batch; theta, D64))    sparse: a short reach costs    (6)
+  theta <- AdamW(theta, gradient of loss(batch; theta, D1))     dense: attention stays as able
 
-  code            paper
-  arl             joint training; its pattern is the training dilation, D64
-  recurrence      False, --no-recurrence: the attention-only baseline; --arl is none then, unless given
-  context         sequence length T
+  code          shape      paper
+  arl           patterns   the sparse update's pattern, D64; of several, each batch draws one
+  recurrence    bool       False (--no-recurrence): the attention-only baseline, without ARL
+  idx, targets  (B, T)     a batch: B = batch_size windows of T = context tokens
+  parts         list       a process's share of a batch, in grad_accum pieces
+  lr, min_lr    float      learning rate: peak, and last
 
-`python train.py` trains the laptop preset on the source of Python's own standard library, as bytes, without a network;
-`python train.py --checkpoint out/D16.pt --data niah --out out/niah` teaches out/D16.pt, under D16, the prompts of eval.py --niah;
-`torchrun --nproc-per-node=2 train.py` trains on two GPUs, with the same batches and, but for rounding, the same losses.
-A flag that is given wins over the preset's recipe, and that over the default named in --help.
-Data, tokenizers and the command-line helper live here too; adapt.py, eval.py and sample.py import them.
+`python train.py` trains a small model on the source of Python's standard library, offline.
+`python train.py --checkpoint out/dense.pt --data mine --out out/mine` fine-tunes a checkpoint.
+`torchrun --nproc-per-node=2 train.py` trains on two GPUs: the same batches, the same losses.
+
+A flag that is given wins over the checkpoint's value, that over the preset's, and that over the
+default. --resume goes on with a run: of the flags that change the result, only --steps may differ.
+--overwrite starts anew: first it renames the files of the old run to NAME.old.
 """
 import argparse
 import codecs
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -34,51 +37,137 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import time
-import typing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from glob import glob
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import kernels
-from model import PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
+from model import (PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, path as path_taken,
+                   save_checkpoint)
+try:
+    import fcntl
+except ImportError:                         # Windows: runs there do not lock their files
+    fcntl = None
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
+def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: False):
+    """Train for the steps first..config.steps - 1, and yield records of how it goes.
+
+    batch(step) -> idx, targets: (B, T) int64 on the CPU. pattern: of the main update, dense (D1) in
+    pretraining. arl: patterns for the sparse update before it, of which each step draws one; none:
+    no sparse update. stop(): asked after each step; True ends the training there.
+
+    A record is due after the first step, at the log and eval intervals, and at the end: step (how
+    many are done), losses {pattern: nats per token}, lr, norm (of the main update's gradient,
+    before clipping), ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only
+    records make the host wait for the device. ValueError if a loss or the norm is not finite.
+    Weights that are NaN stay NaN, so checking them in records, before any save, is enough.
+    """
+    loss_fn = trainable(model, config)
+    tokens = config.batch_size * config.context
+    flops = flops_per_token(model, [pattern], config.context)
+    flops += flops_per_token(model, arl, config.context) / max(1, len(arl))
+    start = time.perf_counter()
+    steps = 0
+    for step in range(first, config.steps):
+        lr = schedule(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        parts = share(*batch(step), config)
+        losses = {}
+        if arl:                                                             # (6), sparse
+            sparse = draw(arl, step, config)
+            losses[str(sparse)], _ = update(loss_fn, optimizer, parts, sparse, config.clip)
+        losses[str(pattern)], norm = update(loss_fn, optimizer, parts, pattern, config.clip)
+        done = step + 1
+        steps += 1
+        stopped = stop()
+        due = done % config.log_interval == 0 or done % config.eval_interval == 0
+        if not (due or stopped or step == first or done == config.steps):
+            continue
+        values, norm = measured(losses, norm, done)
+        seconds = (time.perf_counter() - start) / steps
+        if step == first:
+            say(f"first step in {seconds:.1f} s{', compilation included' * config.compile}")
+        yield dict(step=done, losses=values, lr=lr, norm=norm, ms=1e3 * seconds,
+                   rate=tokens / seconds, mfu=flops * tokens / seconds / peak_flops(config),
+                   eta=seconds * (config.steps - done) / 60, stopped=stopped)
+        if stopped:
+            return
+        start = time.perf_counter()
+        steps = 0
+
+
+def update(loss_fn, optimizer, parts, pattern, clip):
+    """One optimizer update on a batch, of which `parts` is this process's share, under a pattern.
+
+    Returns this process's part of the loss (nats per token) and the norm of the whole batch's
+    gradient, both still on the device. A clip of 0 does not clip.
+    """
+    total = 0.0
+    for i, (idx, targets, weight) in enumerate(parts, 1):
+        wait = WORLD > 1 and i < len(parts)         # DDP exchanges gradients with the last part
+        with loss_fn.no_sync() if wait else contextlib.nullcontext():
+            loss = loss_fn(idx, targets, pattern) * weight
+            (loss * WORLD).backward()               # DDP averages over processes; this makes a sum
+        total = total + loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(loss_fn.parameters(), clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def draw(patterns, step, config):
+    """The pattern of a step's sparse update: the same again for the same seed and step."""
+    if len(patterns) == 1:
+        return patterns[0]
+    return patterns[np.random.default_rng((config.seed, step, 1)).integers(len(patterns))]
+
+
 def schedule(step, config):
-    """Learning rate of a step: linear warm-up over the first `warmup` share of the steps, then cosine to min_lr."""
+    """The learning rate: it rises over the `warmup` share of the steps, then falls along a cosine.
+
+    The first step after the warm-up has config.lr and the last step has config.min_lr.
+    """
     ramp = int(config.warmup * config.steps)
     if step < ramp:
         return config.lr * (step + 1) / ramp
-    fall = math.pi * (step - ramp) / max(1, config.steps - ramp)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(fall)) / 2
+    turn = math.pi * (step - ramp) / max(1, config.steps - ramp - 1)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(turn)) / 2
 
 
 def new_optimizer(model, config):
-    """AdamW, fused, with decay on all parameters as in the authors' code."""
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    """AdamW with weight decay on all parameters, as in the authors' code."""
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
+                             weight_decay=config.weight_decay, fused=True)
 
 
-def move(z, config):
-    """z on the device of the flags; on its way to a GPU in pinned memory, so that the host need not wait for the copy."""
-    return z.contiguous().pin_memory().to(config.device, non_blocking=True) if config.gpu else z.to(config.device)
-
-
-def autocast(config):
-    """A context in which models compute in the dtype of the flags; their weights stay float32."""
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+def measured(losses, norm, done):
+    """The losses and the norm as numbers of the whole batch. ValueError if training went wrong."""
+    mine = torch.stack((*losses.values(), norm / WORLD)).double().cpu()
+    *values, norm = summed(mine).tolist()
+    if not all(map(math.isfinite, (*values, norm))) or norm == 0 < max(values):
+        found = ", ".join(f"loss {loss} under {name}" for name, loss in zip(losses, values))
+        raise ValueError(f"training stopped at step {done}: {found}, gradient norm {norm}; "
+                         "the last checkpoint is untouched")
+    return dict(zip(losses, values)), norm
 
 
 class Loss(torch.nn.Module):
-    """model.loss in the compute dtype of the flags, as a module: what DDP wraps."""
+    """model.loss in the dtype of the flags, as the module that DDP wants to wrap."""
 
     def __init__(self, model, config):
         super().__init__()
-        self.model, self.config = model, config
+        self.model = model
+        self.config = config
 
     def forward(self, idx, targets, pattern):
         with autocast(self.config):
@@ -86,175 +175,715 @@ class Loss(torch.nn.Module):
 
 
 def trainable(model, config):
-    """The Loss to train with, by the flags: its blocks compiled, checkpointed, its gradients averaged over the processes."""
-    model.checkpointing, loss_fn = config.checkpointing, Loss(model, config)
+    """A Loss whose blocks are compiled and checkpointed as the flags say, under DDP if need be."""
+    model.checkpointing = config.checkpointing
+    if on_gpu(config):
+        torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
     if config.compile:
-        torch._dynamo.config.optimize_ddp = False               # DDP need not cut through the graph of a block
-        torch._dynamo.config.recompile_limit = 64               # graphs: one for each rule of the patterns and each shape
+        torch._dynamo.config.optimize_ddp = False       # DDP need not cut through a block's graph
+        torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
         model.compile(dynamic=False)
+    loss_fn = Loss(model, config)
     return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True) if WORLD > 1 else loss_fn
 
 
 def share(idx, targets, config):
-    """This process's parts of a batch, on its device: [(idx, targets, weight)], weight being the part's share of the
-    targets that count. The weighted losses of all parts add up to the batch's, whatever the parts and processes."""
-    n, count = WORLD * config.grad_accum, (targets != -100).sum().clamp(min=1)
-    mine = list(zip(idx.chunk(n), targets.chunk(n)))[RANK::WORLD]
-    return [(move(x, config), move(y, config), ((y != -100).sum() / count).item()) for x, y in mine]
+    """This process's parts of a batch, on its device: [(idx, targets, weight)].
 
-
-def update(loss_fn, optimizer, parts, pattern, clip):
-    """One optimizer update on the `share` of a batch under one pattern. Returns this process's part of the loss (nats
-    per token) and the gradient norm, still on the device."""
-    total = 0.0
-    for i, (idx, targets, weight) in enumerate(parts, 1):
-        with loss_fn.no_sync() if WORLD > 1 and i < len(parts) else contextlib.nullcontext():
-            loss = loss_fn(idx, targets, pattern) * weight
-            (loss * WORLD).backward()                           # DDP takes the mean over processes, the batch wants the sum
-        total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(loss_fn.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
-
-
-def fit(model, config, passes, batch, optimizer, first=0, due=lambda step: False):
-    """Train for steps first..config.steps - 1. Yield a record after the first step, at log points, the last step, and
-    where due(steps done): steps done, loss per pass, lr, norm, then ms, tokens/s and MFU since the last record, ETA.
-
-    passes: the patterns of (6) in order, each a full update on the same batch. batch(step) -> idx, targets.
-    The host runs ahead of the device and waits for it only to make a record. ValueError then if a loss or a norm is not
-    finite (weights that are once lost stay so: a look at each record misses nothing), or if the gradient is zero; no caller
-    saves the weights without a record.
+    The weight is the part's share of the batch's targets that count. So the weighted losses of all
+    parts and processes add up to the mean over the batch's targets.
     """
-    loss_fn, losses, peak = trainable(model, config), {}, peak_flops(config)
-    tokens, flops = config.batch_size * config.context, flops_per_token(model.config, passes, config.context)
-    start, steps, parts = time.perf_counter(), 0, share(*batch(first), config)
-    for step in range(first, config.steps):
-        lr, steps = schedule(step, config), steps + 1
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for p in passes:
-            losses[str(p)], norm = update(loss_fn, optimizer, parts, p, config.clip)
-        done = step + 1
-        if done < config.steps:
-            parts = share(*batch(done), config)                 # while the device is at work
-        if not (due(done) or step == first or done % config.log_interval == 0 or done == config.steps):
-            continue
-        *values, norm = summed(torch.stack((*losses.values(), norm / WORLD)).double().cpu()).tolist()
-        seconds = (time.perf_counter() - start) / steps
-        if not all(map(math.isfinite, (*values, norm))) or norm == 0:
-            raise ValueError(f"training stopped: loss {values[-1]}, gradient norm {norm} at step {done}; "
-                             "the last checkpoint is untouched")
-        if step == first:
-            print(f"first step in {seconds:.1f} s{', compilation included' * config.compile}", flush=True)
-        yield dict(step=done, losses=dict(zip(losses, values)), lr=lr, norm=norm, ms=1e3 * seconds, rate=tokens / seconds,
-                   mfu=flops * tokens / seconds / peak, eta=seconds * (config.steps - done) / 60)
-        start, steps = time.perf_counter(), 0
+    n = WORLD * config.grad_accum
+    count = (targets != -100).sum().clamp(min=1)
+    parts = []
+    for x, y in list(zip(idx.chunk(n), targets.chunk(n)))[RANK::WORLD]:
+        weight = ((y != -100).sum() / count).item()
+        parts.append((move(x, config), move(y, config), weight))
+    return parts
+
+
+def autocast(config):
+    """A context in which models compute in the dtype of the flags. Their weights stay float32."""
+    kind = torch.device(config.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+def move(z, config):
+    """z on the device of the flags. Pinned memory lets the host go on before a copy has ended."""
+    if on_gpu(config):
+        return z.contiguous().pin_memory().to(config.device, non_blocking=True)
+    return z.to(config.device)
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")                       # compiling would take longer than it saves
+@torch.compiler.set_stance("force_eager")               # compiling would take longer than it saves
 def evaluate(model, tokens, pattern, config):
-    """Mean loss over the targets of config.eval_windows windows spread evenly over `tokens` (nats per token)."""
-    T, loss_fn = config.context, Loss(model, config)
-    starts = np.linspace(0, len(tokens) - T - 1, min(config.eval_windows, (len(tokens) - 1) // T)).astype(int)
-    batches = [starts[i:i + config.eval_batch] for i in range(0, len(starts), config.eval_batch)][RANK::WORLD]
-    cuts = (cut(tokens, batch, T) for batch in batches)
-    losses = [((y != -100).sum().item(), loss_fn(move(x, config), move(y, config), pattern)) for x, y in cuts]
-    sums = torch.tensor([(count * loss.item(), count) for count, loss in losses], dtype=torch.float64)
-    total, count = summed(sums.reshape(-1, 2).sum(0)).tolist()
+    """Mean loss (nats per token) over the targets in windows spread evenly over a Stream.
+
+    Every target counts, after end-of-text too, but for those that a mask excludes.
+    """
+    loss_fn = Loss(model, config)
+    windows = evenly(tokens, config)
+    size = config.eval_batch
+    batches = [windows[i:i + size] for i in range(0, len(windows), size)]
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in batches[RANK::WORLD]:
+        idx, targets = cut(tokens, batch, config.context)
+        count = (targets != -100).sum().item()
+        loss = loss_fn(move(idx, config), move(targets, config), pattern).item()
+        sums += torch.tensor([count * loss, count])
+    total, count = summed(sums).tolist()
+    if count == 0:
+        raise ValueError(f"{tokens.name}: the mask lets no target count in the validation windows")
     return total / count
 
 
-PEAKS = {"B200": 2250, "H200": 989, "H100 80GB HBM3": 989, "H100 PCIe": 756, "A100": 312, "L40S": 362, "L4$": 121,
-         "RTX 4090$": 165, "RTX 3090$": 71}                     # name -> dense bfloat16 TFLOP/s, of the vendor's data sheets
+PEAKS = {                                   # dense bfloat16 TFLOP/s, from the vendors' data sheets
+    "B200": 2250, "H200": 989, "H100 80GB HBM3": 989, "H100 PCIe": 756, "A100": 312, "L40S": 362,
+    "L4$": 121, "RTX 4090$": 165, "RTX 3090$": 71,
+}
 
 
 def peak_flops(config):
-    """FLOP/s that the devices can reach together; infinite, so that no MFU is shown, for cards not in PEAKS."""
-    name = torch.cuda.get_device_name() if config.gpu and config.dtype == "bfloat16" else ""
-    return WORLD * next((1e12 * peak for card, peak in PEAKS.items() if re.search(card, name)), math.inf)
+    """FLOP/s of all devices together. Infinite for unknown cards: their MFU is then not shown."""
+    if on_gpu(config) and config.dtype == "bfloat16":
+        for card, peak in PEAKS.items():
+            if re.search(card, torch.cuda.get_device_name()):
+                return WORLD * 1e12 * peak
+    return math.inf
 
 
-def flops_per_token(shape, passes, T):
-    """Floating-point operations that all passes together spend on a token, forward (a third) and backward: 6 for each
-    weight of a matrix product, the head's among them, and 12 C in each layer for each key that the pattern allows.
-    Left out: the recurrence, elementwise work, and what --checkpointing computes again."""
-    C, L = shape.n_embd, shape.n_layer
-    weights = shape.vocab_size * C + L * (14 if shape.recurrence else 13) * C * C
-    return sum(6 * weights + 12 * C * L * pattern.keys_per_token(shape, T) for pattern in passes)
+def flops_per_token(model, patterns, T):
+    """Floating-point operations per token of one update under each pattern, backward included.
+
+    6 for each weight of a matrix (the tied embedding counts once, as the head), and 12 C for each
+    layer and key that the pattern allows. The recurrence and elementwise work are left out.
+    """
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    per_key = 12 * model.config.n_embd * model.config.n_layer
+    keys = [pattern.keys_per_token(model.config, T) for pattern in patterns]
+    return sum(6 * weights + per_key * n for n in keys)
 
 
-# ---------------------------------------------------------------------------------------------
-# Several processes: torchrun starts the script once per GPU and says in the environment which one this is.
-# Gradients meet in DDP, a few numbers on the CPU in `summed`; process 0 alone prints and writes.
+# --------------------------------------------------------------------------------------------------
+# Several processes. torchrun starts the script once a GPU and numbers the processes by environment
+# variables. Gradients meet in DDP, and a few numbers in `summed`. Only process 0 prints and writes.
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+def from_torchrun():
+    """RANK, LOCAL_RANK, WORLD; 0, 0, 1 if only some variables are set, as a cluster's shell may."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    values = [os.environ.get(name, "") for name in names]
+    if all(values) and all(value.isdecimal() for value in values[2:]):
+        return tuple(map(int, values[2:]))
+    return 0, 0, 1
+
+
+RANK, LOCAL_RANK, WORLD = from_torchrun()
 
 
 def summed(values):
-    """The sum of a CPU tensor over the processes, which wait for one another here. ConnectionError if one has ended."""
+    """The sum of a CPU tensor over the processes, which wait here for one another.
+
+    ConnectionError if one of them has ended.
+    """
+    if WORLD == 1:
+        return values
     try:
-        if WORLD > 1:
-            dist.all_reduce(values)
+        dist.all_reduce(values)
     except RuntimeError as error:
         raise ConnectionError("stopped, as another process has ended") from error
     return values
 
 
-# ---------------------------------------------------------------------------------------------
-# Data: token streams on disk, uint16, each document followed by end-of-text
-
-def cut(tokens, starts, T, eot=-1):
-    """Windows of T tokens from `starts`: idx, targets (B, T) int64. No loss (-100) where the input is end-of-text:
-    the first token of the next document can't be known. `tokens` may be a Niah, whose samples are numbered by `starts`."""
-    if isinstance(tokens, Niah):
-        return tokens.cut(starts, T)
-    window = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))
-    idx, targets = window[:, :-1], window[:, 1:]
-    return idx, targets.masked_fill(idx == eot, -100)
+def say(text):
+    """Print a line. A reader or a terminal that has gone away is no error: go on silently."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        hang_up()
 
 
-def in_order(step, config, length):
-    """Starts of a pretraining batch. The first steps * batch * T tokens are read once, in order, in batch_size streams:
-    row r reads the r-th stretch from end to end, so that a batch holds many documents. Shorter data starts again."""
-    return (np.arange(config.batch_size) * config.steps + step) * config.context % (length - config.context)
+def note(text):
+    """Say something beside the result, on stderr, once for all processes."""
+    if RANK == 0:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
-def at_random(step, config, length):
-    """Starts of an adaptation batch, or with --random a pretraining one: random offsets, the same for the same seed and step."""
-    return np.random.default_rng((config.seed, step)).integers(0, length - config.context, config.batch_size)
+def hang_up():
+    """Send what is still to be printed nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a function that says whether the run was asked to stop: Ctrl-C, SIGTERM, or SIGHUP.
+
+    It must be called by all processes, and answers the same in all. A second Ctrl-C ends the
+    process at once. A SIGHUP that is ignored (nohup) stays so.
+    """
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        if WORLD == 1:                      # torchrun passes on Ctrl-C as a second signal
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield lambda: summed(torch.tensor(len(asked))).item() > 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def lock(path, wait=False):
+    """Lock a file until the returned object is closed or this process ends, however it ends.
+
+    If another process holds it: ValueError, or with `wait` no return before it lets go.
+    """
+    file = open(path, "a")
+    if fcntl is None:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        if not wait:
+            file.close()
+            raise ValueError(f"{path}: another run is writing there; --out names another folder "
+                             "for this one") from error
+        fcntl.flock(file, fcntl.LOCK_EX)    # as long as it takes: no collective that times out
+    return file
+
+
+def out_of_memory(error):
+    """Whether the error says that memory ran out. A CPU's is a plain RuntimeError in torch."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
+def complain(why, code):
+    """One line on stderr, from process 0 if it has one to give. Returns the exit code."""
+    if RANK:                                # torchrun ends this process once process 0 has ended
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    with contextlib.suppress(OSError):
+        line = " ".join(str(why).split())
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def run(main):
+    """Call main() as a script, in one or several processes.
+
+    Bad input, a missing file, a lack of memory and Ctrl-C become one line on stderr and a non-zero
+    exit. A reader that has seen enough (`| head`) is no error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    elif os.environ.get("WORLD_SIZE", "1") not in ("1", ""):
+        note("WORLD_SIZE is set, but not all of torchrun's variables: running as one process")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    code = 0
+    try:
+        main()
+        summed(torch.zeros(1))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        hang_up()
+    except KeyboardInterrupt as error:
+        code = complain(f"interrupted{error}", 130) if RANK == 0 else 130
+    except Exception as error:
+        if not (isinstance(error, (ValueError, OSError)) or out_of_memory(error)):
+            raise
+        code = complain(error, 1)
+    if WORLD > 1:
+        os._exit(code)                      # does not wait for what others will not send
+    if code:
+        sys.exit(code)
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches. A Stream is one or several files of tokens, and a window is a pair (file, offset).
+
+class Stream:
+    """Files of tokens, read one after the other. No window reaches from one file into the next.
+
+    files: [(tokens, mask)]: (n,) uint16 mapped from disk, and (n,) uint8, 1 where a token counts as
+    a target, or None where all do. T: tokens per window; limit: the vocabulary's size; name: for
+    messages; key: tells these tokens from others.
+    """
+
+    def __init__(self, files, T, limit=65536, name="data", key=""):
+        self.files = files
+        self.T = T
+        self.limit = limit
+        self.name = name
+        self.key = key
+        self.masked = any(mask is not None for _, mask in files)
+        self.offsets = [len(tokens) - T for tokens, _ in files]             # where a window starts
+        self.whole = [(len(tokens) - 1) // T for tokens, _ in files]        # windows side by side
+
+    def __len__(self):
+        return sum(len(tokens) for tokens, _ in self.files)
+
+    def anywhere(self, numbers):
+        """The windows (file, offset) of numbers below sum(self.offsets)."""
+        return [locate(number, self.offsets) for number in numbers]
+
+    def side_by_side(self, numbers):
+        """Those of numbers below sum(self.whole). Their offsets are multiples of T."""
+        places = [locate(number, self.whole) for number in numbers]
+        return [(file, place * self.T) for file, place in places]
+
+
+def locate(number, sizes):
+    """The (file, place) of a number, where each file holds `sizes` of them."""
+    for file, size in enumerate(sizes):
+        if number < size:
+            return file, int(number)
+        number -= size
+
+
+def in_order(step, config, stream):
+    """Windows of a pretraining batch, which read the data once, in order.
+
+    The stream is cut into batch_size stretches. Row r reads the r-th from one end to the other, and
+    again when it is used up. What a step reads does not depend on how many steps there will be.
+    Offsets are multiples of T, so that samples of T tokens stay whole.
+    """
+    windows = sum(stream.whole)
+    if windows < config.batch_size:                         # rows would read the same
+        return at_random(step, config, stream)
+    edges = np.arange(config.batch_size + 1) * windows // config.batch_size
+    return stream.side_by_side(edges[:-1] + step % np.diff(edges))
+
+
+def at_random(step, config, stream):
+    """Windows at random offsets, the same for the same seed and step.
+
+    Files are drawn in proportion to their sizes.
+    """
+    rng = np.random.default_rng((config.seed, step))
+    return stream.anywhere(rng.integers(0, sum(stream.offsets), config.batch_size))
+
+
+def evenly(stream, config):
+    """The windows of a validation, spread evenly; with a mask side by side, so that samples of T
+    tokens stay whole."""
+    windows = sum(stream.whole)
+    last = (windows if stream.masked else sum(stream.offsets)) - 1
+    numbers = np.linspace(0, last, min(config.eval_windows, windows)).astype(int)
+    return stream.side_by_side(numbers) if stream.masked else stream.anywhere(numbers)
+
+
+def cut(stream, windows, T, eot=-1):
+    """The tokens of windows: idx, targets (B, T) int64; a target of -100 does not count.
+
+    That is a target whose mask is 0, and the one after end-of-text, since the first token of
+    another document can't be known. ValueError for a token beyond the vocabulary.
+    """
+    tokens = [stream.files[file][0][at:at + T + 1] for file, at in windows]
+    tokens = torch.from_numpy(np.stack(tokens).astype(np.int64))
+    if tokens.max() >= stream.limit:
+        raise ValueError(f"{stream.name}: token {tokens.max()} is beyond the vocabulary of "
+                         f"{stream.limit}")
+    idx = tokens[:, :-1]
+    targets = tokens[:, 1:].masked_fill(idx == eot, -100)
+    for row, (file, at) in enumerate(windows):
+        mask = stream.files[file][1]
+        if mask is not None:
+            counts = torch.from_numpy(mask[at + 1:at + T + 1] == 1)
+            targets[row].masked_fill_(~counts, -100)
+    return idx, targets
+
+
+# --------------------------------------------------------------------------------------------------
+# Data on disk: uint16 tokens in train.bin and val.bin, made here from texts or found in a folder
+
+class Data(NamedTuple):
+    """What load_data returns. The key tells this data from other data, whatever its name."""
+    train: Stream
+    val: Stream
+    vocab_size: int
+    key: str
+
+
+def load_data(config, vocab_size=None):
+    """The Data of config.data: 'stdlib', text files, folders of texts, or of train.bin and val.bin.
+
+    Fills in config.tokenizer, config.eot and config.sources {source: key}. If config.sources holds
+    another key, that source has changed since its run, which a line on stderr says. vocab_size: the
+    model's; without one the tokenizer's or the largest token + 1, rounded up to a multiple of 64.
+    OSError or ValueError in one line if the data are missing, too short, or not what they seem.
+    """
+    binary = all(map(has_bins, config.data))
+    config.tokenizer = config.tokenizer or ("ids" if binary else "bytes")
+    if binary and config.split_on:
+        raise ValueError("--split-on is for texts, and --data holds tokens")
+    coder = Tokenizer(config.tokenizer)
+    folders = [folder_of(source, config, coder) for source in config.data]
+    train = [scan(os.path.join(folder, "train.bin")) for folder in folders]
+    val = [scan(os.path.join(folder, "val.bin")) for folder in folders]
+    if config.eot is None:
+        gpt2 = any(file["has_gpt2_eot"] for file in train + val)
+        config.eot = coder.eot or (GPT2_EOT if gpt2 else -1)
+    largest = max(file["largest"] for file in train + val)
+    size = vocab_size or in_64s(coder.size or largest + 1)
+    if config.eot >= size:
+        raise ValueError(f"--eot {config.eot} is beyond the vocabulary of {size}")
+    sources = {}
+    for source, *keys in zip(config.data, train, val):
+        sources[source] = " ".join(file["key"] for file in keys)
+        was = config.sources.get(source, sources[source])
+        if was != sources[source]:
+            note(f"warning: {source} has changed since the run (then {was}, now {sources[source]}"
+                 "): validation may hold what was trained on")
+    config.sources = sources
+    streams = open_stream(train, config, size), open_stream(val, config, size)
+    return Data(*streams, size, " ".join(sources.values()))
+
+
+GPT2_EOT = 50256
+
+
+def in_64s(size):
+    """A vocabulary's size, rounded up to a multiple of 64, which suits the matrix products."""
+    return -(-size // 64) * 64
+
+
+def has_bins(source):
+    return any(os.path.exists(os.path.join(source, name)) for name in ("train.bin", "val.bin"))
+
+
+def folder_of(source, config, coder):
+    """The folder of a source's train.bin and val.bin; of texts, after tokenizing them."""
+    if has_bins(source):
+        return source
+    if coder.size is None:
+        raise ValueError(f"--data {source}: text needs a tokenizer, bytes or gpt2; ids are read "
+                         "from train.bin and val.bin")
+    if config.eot not in (None, coder.eot):
+        raise ValueError(f"--eot {config.eot}: texts in {coder.name} end with {coder.eot}")
+    return tokenize(source, coder.name, config.split_on)
+
+
+def open_stream(files, config, limit):
+    """The Stream of files that were scanned, with the masks beside them (train.mask.bin)."""
+    opened = []
+    for file in files:
+        path, n = file["path"], file["tokens"]
+        if n <= config.context:
+            raise ValueError(f"{path}: {n} tokens; it must hold more uint16 tokens than the "
+                             f"context of {config.context}: give more data or a smaller --context")
+        if file["largest"] >= limit:
+            raise ValueError(f"{path}: token {file['largest']} is beyond the vocabulary of {limit}")
+        tokens = np.memmap(path, "<u2", "r", file["offset"], (n,))
+        beside = path.removesuffix(".bin") + ".mask.bin"
+        mask = np.memmap(beside, np.uint8, "r") if os.path.exists(beside) else None
+        if mask is not None and len(mask) != n:
+            raise ValueError(f"{beside}: {len(mask)} bytes for {n} tokens; one byte each is wanted")
+        opened.append((tokens, mask))
+    names = " ".join(file["path"] for file in files)
+    return Stream(opened, config.context, limit, names, " ".join(file["key"] for file in files))
+
+
+FOREIGN = {b"\x93NUMPY": "a NumPy .npy file", b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet",
+           b"\x1f\x8b\x08": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def read_head(path):
+    """(offset in bytes, number of tokens) of a .bin: nanoGPT's plain uint16, or llm.c's format.
+
+    llm.c and modded-nanogpt write 256 int32 before the tokens: a magic number, the version, and the
+    number of tokens. ValueError, saying what was seen, for anything else.
+    """
+    with open(path, "rb") as f:
+        head = f.read(4096)
+    size = os.path.getsize(path)
+    header = np.frombuffer(head[:1024 if len(head) >= 1024 else 0], "<i4").tolist()
+    words = np.frombuffer(head[:len(head) // 2 * 2], "<u2")
+    kinds = [kind for magic, kind in FOREIGN.items() if head.startswith(magic)]
+    if size % 2:
+        kinds.append(f"{size} bytes, an odd number: is it cut off")
+    elif header and header[0] in (20240520, 20240801):
+        tokens = (size - 1024) // 2
+        if header[:3] == [20240520, 1, tokens]:
+            return 1024, tokens
+        kinds.append(f"{tokens} uint16 after a header of magic, version and tokens {header[:3]}")
+    elif len(words) >= 32 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+        kinds.append(f"text, like {head[:20]!r}")
+    elif len(words) >= 32 and high_words(words[1::2]) and words[::2].max() > 3:
+        kinds.append("numbers of 32 or 64 bits")
+    if kinds:
+        raise ValueError(f"{path} holds {kinds[0]}; uint16 tokens are wanted, as nanoGPT or llm.c "
+                         "write them")
+    return 0, size // 2
+
+
+def high_words(words):
+    """Whether words look like the upper halves of 32-bit numbers: many zeros, and nothing large."""
+    return words.max() <= 3 and (words == 0).mean() > 1 / 4
+
+
+def scan(path, chunk=2**20, chunks=64):
+    """What is known of a .bin: path, offset, tokens, largest, has_gpt2_eot, key. It takes a second.
+
+    All of a file is read up to 64 chunks of 2^20 tokens, and of a larger one as many, evenly
+    spread. The answer is kept in .cache, for the file of that path, size and time.
+    """
+    path = os.path.abspath(path)
+    stat = os.stat(path)
+    memo = f".cache/scan-{digest([path, stat.st_size, stat.st_mtime_ns])}.json"
+    with contextlib.suppress(OSError, ValueError), open(memo) as f:
+        return json.load(f)
+    offset, n = read_head(path)
+    starts = np.linspace(0, max(0, n - chunk), min(chunks, -(-n // chunk))).astype(int)
+    largest = 0
+    has_gpt2_eot = False
+    content = hashlib.sha1()
+    for start in starts.tolist():
+        tokens = np.fromfile(path, "<u2", chunk, offset=offset + 2 * start)
+        largest = max(largest, int(tokens.max()))
+        has_gpt2_eot = has_gpt2_eot or bool((tokens == GPT2_EOT).any())
+        content.update(tokens)
+    if n > chunk * chunks:
+        note(f"{path}: {chunk * chunks / 1e6:.0f}M of {n / 1e6:.0f}M tokens were searched for the "
+             "largest token and end-of-text, the others are checked as batches are read")
+    found = dict(path=path, offset=offset, tokens=n, largest=largest, has_gpt2_eot=has_gpt2_eot,
+                 key=f"{n} tokens {content.hexdigest()[:8]}")
+    with contextlib.suppress(OSError):
+        os.makedirs(".cache", exist_ok=True)
+        with open(memo, "w") as f:
+            json.dump(found, f)
+    return found
+
+
+def digest(values):
+    """Eight hex digits that tell plain values from others."""
+    return hashlib.md5(json.dumps(values).encode()).hexdigest()[:8]
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts: found, split, and tokenized in pieces, so that a file of any size fits in memory
+
+SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idle_test")      # of the stdlib
+
+
+class Document(NamedTuple):
+    """A text. The number is the md5 of its name, which shuffles texts and chooses their side."""
+    number: int
+    name: str
+    path: str
+    size: int
+
+
+def documents(source):
+    """The Documents of a source of texts, sorted by their number.
+
+    Links are followed. Hidden files, empty files and what is no file are left out.
+    """
+    stdlib = source == "stdlib"
+    root = sysconfig.get_path("stdlib") if stdlib else source
+    found = []
+    visited = set()
+    single = [(os.path.dirname(root), [], [os.path.basename(root)])]
+    walk = single if os.path.isfile(root) else os.walk(root, followlinks=True)
+    for folder, folders, names in walk:
+        real = os.path.realpath(folder)
+        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__pycache__"))
+                      and real not in visited and not (stdlib and name in SKIPPED)]
+        if real in visited:                                             # a link back to a parent
+            continue
+        visited.add(real)
+        for name in names:
+            path = os.path.join(folder, name)
+            wanted = name.endswith(".py") if stdlib else not name.startswith(".")
+            if wanted and os.path.isfile(path) and os.path.getsize(path):
+                name = name if path == root else os.path.relpath(path, root).replace(os.sep, "/")
+                number = int(hashlib.md5(os.fsencode(name)).hexdigest(), 16)
+                found.append(Document(number, name, path, os.path.getsize(path)))
+    if not found:
+        raise ValueError(f"--data {source}: no such file or folder, or nothing in it")
+    return sorted(found)
+
+
+def borders(docs):
+    """For each Document the number of its bytes that are for training, from its beginning.
+
+    A text is for validation if its number is divisible by 20, whatever other texts there are. Where
+    such texts hold less than 4 KiB, all others give their last 20th as well. Where they hold more
+    than half of all, every text gives its last 20th and no more.
+    """
+    val = [doc.size for doc in docs if doc.number % 20 == 0]
+    if sum(val) > sum(doc.size for doc in docs) / 2:
+        return [doc.size * 19 // 20 for doc in docs]
+    rest = 19 if sum(val) < 2**12 else 20
+    return [0 if doc.number % 20 == 0 else doc.size * rest // 20 for doc in docs]
+
+
+def is_text(path):
+    """Whether a file is UTF-8 without a NUL byte."""
+    try:
+        return not any("\0" in piece for piece in pieces(path))
+    except UnicodeDecodeError:
+        return False
+
+
+def pieces(path, split_on=None, size=2**20):
+    """A text file in pieces of about `size` characters, without a byte order mark."""
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        rest = ""
+        while new := f.read(size):
+            text = rest + new
+            border = last_border(text, split_on)
+            yield text[:border]
+            rest = text[border:]
+        yield rest
+
+
+def last_border(text, split_on=None):
+    """Where to cut a text: after its last split_on, else where its last white space begins.
+
+    GPT-2's tokens end there too. A text with neither is cut at its end.
+    """
+    if split_on and split_on in text:
+        return text.rfind(split_on) + len(split_on)
+    text = text[:max(1, len(text) - len(split_on or ""))]               # may hold half a split_on
+    space = max(text.rfind(" "), text.rfind("\n"))
+    return len(text[:space + 1].rstrip()) or len(text)
+
+
+def encode(text, coder, split_on):
+    """The tokens of a text, uint16, with end-of-text in place of each split_on."""
+    tokens = []
+    for part in text.split(split_on) if split_on else [text]:
+        tokens += np.asarray(coder.encode(part), "<u2"), [coder.eot]
+    return np.concatenate(tokens[:-1]).astype("<u2")
+
+
+def tokenize(source, tokenizer, split_on=None):
+    """Tokenize a source of texts, once; the folder under .cache with its train.bin and val.bin.
+
+    One process at a time does it. Others wait, and find it done.
+    """
+    docs = documents(source)
+    stamps = [(doc.name, doc.size, os.path.getmtime(doc.path)) for doc in docs]
+    name = os.path.basename(source.rstrip(os.sep))[:80]
+    key = digest(["split by name", source, tokenizer, split_on, stamps])
+    folder = os.path.join(".cache", f"{name}-{tokenizer}-{key}")
+    if os.path.exists(folder):
+        return folder
+    os.makedirs(".cache", exist_ok=True)
+    with lock(".cache/lock", wait=True):
+        for leftover in glob(".cache/*.tmp"):               # of processes that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        if not os.path.exists(folder):
+            with tempfile.TemporaryDirectory(suffix=".tmp", dir=".cache") as scratch:
+                partial = os.path.join(scratch, "tokens")
+                os.mkdir(partial)
+                write_tokens(source, docs, Tokenizer(tokenizer), split_on, partial)
+                os.rename(partial, folder)
+    return folder
+
+
+def write_tokens(source, docs, coder, split_on, folder):
+    """Write train.bin and val.bin: the documents' tokens, each document followed by end-of-text."""
+    texts = [doc for doc in docs if is_text(doc.path)]
+    if not texts:
+        raise ValueError(f"--data {source}: no UTF-8 text in it (a .bin of tokens must be named "
+                         "train.bin or val.bin, and --data its folder)")
+    if len(texts) < len(docs):
+        other = next(doc.path for doc in docs if doc not in texts)
+        note(f"{len(docs) - len(texts)} of {len(docs)} files are left out, as they are not UTF-8 "
+             f"text: {other} for example")
+    ends = borders(texts)
+    if any(0 < end < doc.size for doc, end in zip(texts, ends)):
+        note(f"{source}: few or uneven texts, so that each gives its last 20th to validation")
+    total = 0
+    with (open(os.path.join(folder, "train.bin"), "wb") as train,
+          open(os.path.join(folder, "val.bin"), "wb") as val):
+        for i, (doc, end) in enumerate(zip(texts, ends), 1):
+            for count in write_document(doc.path, end, coder, split_on, (train, val)):
+                total += count
+                if count > 1e5 or i % 100 == 0 or i == len(texts):
+                    print(f"\rtokenizing {source}: {i}/{len(texts)} texts, {total / 1e6:.1f}M "
+                          f"{coder.name} tokens", end="", file=sys.stderr, flush=True)
+    note("")
+
+
+def write_document(path, border, coder, split_on, files):
+    """Append a text's tokens to the two files: those before and after the border (bytes).
+
+    Yields how many tokens were written, piece by piece.
+    """
+    place = 0
+    written = set()
+    for piece in pieces(path, split_on):
+        length = max(1, len(piece.encode()))
+        share = min(1, max(0, border - place) / length)     # of the piece, before the border
+        middle = int(share * len(piece))
+        if 0 < middle < len(piece):
+            middle = last_border(piece[:middle], split_on)
+        place += length
+        for file, part in zip(files, (piece[:middle], piece[middle:])):
+            if part:
+                tokens = encode(part, coder, split_on)
+                file.write(tokens.tobytes())
+                written.add(file)
+                yield len(tokens)
+    for file in written:
+        file.write(np.array([coder.eot], "<u2").tobytes())
+        yield 1
+
+
+LONG_RUN = re.compile(r"(\s{1000}|\S{10000})")              # a million blanks are too much for BPE
 
 
 class Tokenizer:
-    """Text <-> token ids. bytes: UTF-8, 257 tokens; gpt2: tiktoken's BPE, 50257; ids, for any other: numbers written out."""
+    """Text <-> token ids. bytes: UTF-8, 257 tokens; gpt2: tiktoken's BPE, 50257; ids: numbers."""
 
     def __init__(self, name):
         self.name = name
-        self.size, self.eot = {"bytes": (257, 256), "gpt2": (50257, 50256), "ids": (None, None)}[name]
+        sizes = {"bytes": (257, 256), "gpt2": (50257, GPT2_EOT), "ids": (None, None)}
+        self.size, self.eot = sizes[name]
         self.partial = codecs.getincrementaldecoder("utf-8")("replace")
 
     @functools.cached_property
     def bpe(self):
-        import tiktoken
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ValueError("the gpt2 tokenizer needs tiktoken: pip install tiktoken") from error
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as error:                              # without a network: whatever requests raises
-            raise ValueError(f"tiktoken can't fetch GPT-2's vocabulary ({type(error).__name__}); without a network, "
-                             "set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
+        except Exception as error:                          # offline: whatever requests raises
+            raise ValueError(f"tiktoken can't fetch GPT-2's vocabulary ({type(error).__name__}); "
+                             "without a network, set TIKTOKEN_CACHE_DIR to a folder that holds it"
+                             ) from error
 
     def encode(self, text):
+        """Token ids as a list or an array. ValueError for a text that is not ids, of ids."""
         if self.name == "bytes":
-            return np.frombuffer(text.encode(), np.uint8)
+            return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
         if self.name == "gpt2":
-            return self.bpe.encode_ordinary(text)
-        if not all(word.isascii() and word.isdigit() for word in text.split()):
-            raise ValueError(f"no tokenizer for this vocabulary: write token ids, like '1 15043', not {text[:40]!r}")
+            parts = LONG_RUN.split(text)
+            return [token for part in parts for token in self.bpe.encode_ordinary(part)]
+        for word in text.split():
+            if not (word.isascii() and word.isdigit()):
+                raise ValueError("no tokenizer for this vocabulary: write token ids, like "
+                                 f"'1 15043', not {text[:40]!r}")
         return [int(word) for word in text.split()]
 
     def decode(self, token):
-        """The text that `token` completes; '' in the middle of a character and for a token that stands for nothing."""
+        """The text that a token completes; '' within a character, and for unused tokens."""
         if self.name == "ids":
             return f"{token} "
         if token >= self.eot:
@@ -263,374 +892,316 @@ class Tokenizer:
         return self.partial.decode(raw)
 
 
-def documents(source):
-    """[(name, path)] of a text source, sorted by the md5 of the name: a shuffle that is the same everywhere."""
-    stdlib = source == "stdlib"
-    root = sysconfig.get_path("stdlib") if stdlib else source
-    skip = ("site-packages", "dist-packages", "test", "tests", "idle_test") if stdlib else ()
-    found = [(os.path.basename(root), root)] if os.path.isfile(root) else []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith((".", "__pycache__"))]
-        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
-            if os.path.isfile(path) and (path.endswith(".py") or not stdlib):                   # no broken link, no pipe
-                found.append((os.path.relpath(path, root).replace(os.sep, "/"), path))
-    if not found:
-        raise ValueError(f"--data {source}: no such file or folder, or nothing in it")
-    return sorted(found, key=lambda document: hashlib.md5(document[0].encode()).digest())
-
-
-def read_text(path):
-    """A file's text; '' if it is not UTF-8 text."""
-    with open(path, "rb") as f:
-        raw = f.read()
-    try:
-        return "" if b"\0" in raw else raw.decode()
-    except UnicodeDecodeError:
-        return ""
-
-
-def tokenize(source, tokenizer):
-    """Tokenize a text source, once, into the folder under .cache that is returned.
-
-    A twentieth of the documents, at least one, is for validation; of a single document, its last tenth.
-    """
-    docs, coder = documents(source), Tokenizer(tokenizer)
-    stamps = [(name, os.path.getsize(path), os.path.getmtime(path)) for name, path in docs]
-    key = hashlib.md5(json.dumps([source, tokenizer, stamps]).encode()).hexdigest()[:8]
-    folder = os.path.join(".cache", f"{os.path.basename(source)}-{tokenizer}-{key}")
-    if os.path.exists(folder):
-        return folder
-    texts = [path for _, path in docs if read_text(path)]      # read again below, rather than held in memory
-    if not texts:
-        raise ValueError(f"--data {source}: no UTF-8 text in it")
-    partial, n_val, size = f"{folder}.{os.getpid()}.tmp", max(1, len(texts) // 20), 0
-    os.makedirs(partial)
-    try:
-        with open(f"{partial}/train.bin", "wb") as train, open(f"{partial}/val.bin", "wb") as val:
-            for i, path in enumerate(texts, 1):
-                tokens = np.append(coder.encode(read_text(path)), coder.eot).astype("<u2")
-                border = len(tokens) * 9 // 10 if len(texts) == 1 else 0 if i <= n_val else len(tokens)
-                train.write(tokens[:border].tobytes())
-                val.write(tokens[border:].tobytes())
-                size += len(tokens)
-                if i % 100 == 0 or i == len(texts):
-                    print(f"\rtokenizing {source}: {i}/{len(texts)} texts, {size / 1e6:.1f}M tokens ({tokenizer})",
-                          end="\n" * (i == len(texts)), file=sys.stderr, flush=True)
-        if not os.path.exists(folder):                          # or another process was faster
-            os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def load_data(config, vocab_size=None):
-    """(train, val, vocabulary): two uint16 arrays, mapped from disk, or two of Niah; a multiple of 64.
-
-    config.data: 'stdlib', a text file, a folder of text files, one with train.bin and val.bin, headerless uint16, or 'niah'.
-    Fills in config.tokenizer and config.eot. vocab_size: default the tokenizer's, else the largest token + 1.
-    OSError or ValueError in one line if the data can't be had, is shorter than a window, or goes beyond the vocabulary.
-    """
-    if config.data not in ("stdlib", "niah"):
-        config.data = os.path.abspath(config.data)              # for the scripts that find it in the checkpoint
-    folder, names = config.data, ("train.bin", "val.bin")
-    if folder == "niah" or not any(os.path.exists(os.path.join(folder, name)) for name in names):
-        config.tokenizer = config.tokenizer or "bytes"
-        if config.tokenizer == "ids":
-            raise ValueError(f"--data {folder}: text needs a tokenizer, bytes or gpt2; ids are read from train.bin and val.bin")
-        if folder == "niah":
-            train, val, size = Niah(config, 0), Niah(config, 1), Tokenizer(config.tokenizer).size
-            if (vocab_size or size) < size:
-                raise ValueError(f"--data niah: tokens of {config.tokenizer} go beyond the vocabulary of {vocab_size}")
-            return train, val, -(-(vocab_size or size) // 64) * 64
-        if RANK == 0:
-            tokenize(folder, config.tokenizer)
-        summed(torch.zeros(1))                                  # the others find it done
-        folder = tokenize(folder, config.tokenizer)
-    coder = Tokenizer(config.tokenizer or "ids")
-    limit, arrays, largest = vocab_size or coder.size or 65536, [], 0
-    for path in (os.path.join(folder, name) for name in names):
-        if (size := os.path.getsize(path)) % 2 or size // 2 <= config.context:
-            raise ValueError(f"{path}: {size} bytes; it must hold more uint16 tokens than the context of {config.context}")
-        arrays.append(np.memmap(path, "<u2", "r"))
-        largest = max(largest, int(arrays[-1].max()))
-        if largest >= limit:
-            raise ValueError(f"{path}: token {largest} is beyond the vocabulary of {limit}")
-    if config.eot is None:
-        config.eot = coder.eot or (50256 if any((tokens == 50256).any() for tokens in arrays) else -1)
-    config.tokenizer = coder.name
-    size = vocab_size or coder.size or largest + 1
-    return *arrays, -(-size // 64) * 64
-
-
-# ---------------------------------------------------------------------------------------------
-# Retrieval: needles in a haystack, in the eight forms of RULER, in text of our own
-
-ADJECTIVES, NOUNS, VERBS = (words.split() for words in (            # five letters, and one GPT-2 token, each
-    """basic black blank blind brown chief civil clean clear crazy daily dirty early empty equal final fixed fresh fried grand
-    great green happy heavy human inner large legal light local lower magic major metal moral outer plain prime quick quiet
-    ready rival rough round sharp short small smart solid steel still sweet tight total upper urban usual white worst young""",
-    """angel apple arrow beard blade boats bones books boxes brain bread brush cakes cards chain chair clock cloth cloud coins
-    court cream dream dress field flame fleet floor fruit ghost glass grain grass guard heart horse house image knife ledge
-    money mouse night organ paper patch phone plane plant plate queue radio ridge river sheet shell shirt stone storm story""",
-    "built faced fixed found heard owned rated threw wired wrote"))
-HAYSTACKS = {                                                   # sentences: a word drawn from each list, then a full stop
-    "noise": [["The rain falls. The wind turns. The lamp is lit"]],
-    "prose": ["The Our Her His".split(), ADJECTIVES, NOUNS, VERBS, "the our her his".split(), ADJECTIVES, NOUNS],
-}
-DIGITS = "0123456789abcdef-"
-TASKS = {                                                       # haystack, keys, values; number of needles, keys and answers
-    "single-1": ("noise", "words", "number", 1, 1, 1),
-    "single-2": ("prose", "words", "number", 1, 1, 1),
-    "single-3": ("prose", "words", "uuid", 1, 1, 1),
-    "multikey-1": ("prose", "words", "number", 4, 4, 1),
-    "multikey-2": ("needles", "words", "number", 1, 1, 1),
-    "multikey-3": ("needles", "uuid", "uuid", 1, 1, 1),
-    "multivalue": ("prose", "words", "number", 4, 1, 4),
-    "multiquery": ("prose", "words", "number", 4, 4, 4),
-    "recall": ("pairs", "words", "number", 1, 1, 1),            # needles without words around: the simplest task
-}
-
-
-class Niah:
-    """Samples of the tasks, numbered; the same for the same tokenizer, split, seed and number. No key and no value is both in
-    split 0, for training, and in split 1, for evaluation. Words, digits and what is between them are encoded one by one, and
-    put together as arrays, at evaluation too: encoding the whole of each text would keep a GPU waiting."""
-
-    def __init__(self, config, split):
-        coder, self.seed, self.split, self.tasks = Tokenizer(config.tokenizer), config.seed, split, config.tasks
-        self.encode, config.eot = functools.cache(lambda text: np.array(coder.encode(text), np.int64)), coder.eot
-        self.digits = np.hstack([self.encode(digit) for digit in DIGITS])
-        rows = lambda words: np.stack([self.encode(" " + word) for word in words])       # words of a list are equally long
-        self.haystacks = {name: [*map(rows, lists)] for name, lists in HAYSTACKS.items()}
-        pairs = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
-        self.keys = rows(pair for i, pair in enumerate(pairs) if i % 97 % 2 == split)
-        for task in self.tasks:                                 # all samples of a task need the same room
-            self.sample(0, config.context, task)
-
-    def __len__(self):
-        return 2**40                                            # numbers without end, for those who draw from them
-
-    def fill(self, form, **rows):
-        """A row of tokens per row of the named arrays: the form, with each {name} replaced."""
-        n, parts = len(next(iter(rows.values()))), re.split("{(.*?)}", form)
-        return np.hstack([rows[part] if i % 2 else np.tile(self.encode(part), (n, 1)) for i, part in enumerate(parts)])
-
-    def values(self, kind, n, rng):
-        """n numbers of 7 digits or uuids of this split, as places in DIGITS."""
-        base, length = (16, 32) if kind == "uuid" else (10, 7)
-        places = rng.integers(base, size=(3 * n + 40, length), dtype=np.int32)
-        places[:, 0] = rng.integers(1, base, len(places))
-        mine = places[places[:, :7] @ 10 ** np.arange(7) % 97 % 2 == self.split][:n]                # no digit gives away which
-        return np.insert(mine, (8, 12, 16, 20), DIGITS.index("-"), axis=1) if kind == "uuid" else mine
-
-    def sample(self, number, T, task=None, rounds=1):
-        """T tokens, a bool array that is True on the answers, and the texts in these; ValueError if T is too short. Up to
-        `rounds` questions, each with its answer, as far as there are needles and there is room."""
-        rng = np.random.default_rng((self.seed, self.split, number))
-        task = task or self.tasks[rng.integers(len(self.tasks))]
-        haystack, key, value, n, distinct, asked = TASKS[task]
-        form, ask, colon = ("{key} {value}.", "", "") if haystack == "pairs" else (" Safe{key}: {value}.", "\nOpen", ":")
-        order, of_needles = rng.permutation(len(self.keys)), haystack in ("pairs", "needles")
-
-        def needles(first, count, distinct):                    # with other keys than the first ones; if too few, they repeat
-            keys = self.keys[np.resize(order[first:], distinct)] if key == "words" else self.fill(
-                " {uuid}", uuid=self.digits[self.values("uuid", distinct, rng)])
-            keys, values = np.resize(keys, (count, keys.shape[1])), self.values(value, count, rng)
-            return keys, values, self.fill(form, key=keys, value=self.digits[values])
-
-        keys, values, found = needles(0, *((rounds, rounds) if of_needles else (n, distinct)))
-        if of_needles:
-            n = distinct = max(1, min(rounds, T // (3 * found.shape[1])))        # a third of the text, and one for the questions
-        depths = np.append(number * 0.618034 % 1, rng.random(n - 1))       # of the first: by the golden ratio, evenly
-        if distinct < n:
-            depths.sort()                                       # the values of one key are told in the order of the text
-        found, told = found[:n], np.arange(min(rounds * asked, n))
-
-        def join(rows):                                         # those of a question in one row, with commas between
-            return self.fill("{row},", row=rows).reshape(len(told) // asked, -1)[:, :-1]
-
-        questions = self.fill(ask + "{keys}" + colon, keys=join(keys[told[:distinct]]))
-        answers = self.fill("{values}.", values=join(self.fill(" {value}", value=self.digits[values[told]])))
-        end, words = np.hstack((questions, answers)), self.haystacks.get(haystack)
-        length = found.shape[1] if of_needles else 1 + sum(choice.shape[1] for choice in words)
-        rounds = min(len(end), (T - found.size - length) // end.shape[1])
-        if rounds < 1:
-            raise ValueError(f"--context {T} is too short for {task}, which takes {found.size + length + end.shape[1]} tokens")
-        end = end[:1 + rng.integers(rounds)]                    # an evaluation has one, which must not be new to the model
-        h = -(-(T - found.size - end.size) // length)           # rows of the haystack; the first loses what is too much
-        hay = needles(n, h, h)[2] if of_needles else self.fill(
-            "{words}.", words=np.hstack([choice[rng.integers(len(choice), size=h)] for choice in words]))
-        at = 1 + (h * depths).astype(int)
-        text = np.insert(hay.ravel(), np.repeat(at * length, found.shape[1]), found.ravel())
-        known = np.tile(np.arange(end.shape[1]) >= questions.shape[1], len(end))
-        texts = ["".join(DIGITS[place] for place in places) for places in values[:len(end) * asked]]
-        return np.hstack((text, end.ravel()))[-T:], np.append(np.zeros(T - end.size, bool), known), texts
-
-    def cut(self, numbers, T):
-        """idx, targets (B, T) of samples of T + 1 tokens, with a loss on the answers only; many, as one has few tokens."""
-        tokens, known, _ = zip(*(self.sample(int(number), T + 1, rounds=16) for number in numbers))
-        tokens, known = torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(known))
-        return tokens[:, :-1], tokens.masked_fill(~known, -100)[:, 1:]
-
-
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line, shared by the scripts
 
-def flag(default, help, **argument):
-    """A dataclass field that parse_flags turns into a flag."""
-    return dataclasses.field(default=default, metadata=dict(help=help, **argument))
-
-
-@dataclass
-class Common:
-    """The flags of every script."""
-    out: str = flag("out", "folder of the run's checkpoints and logs")
-    device: str | None = flag(None, "cpu, cuda, cuda:1 ...; default: cuda if there is one")
-    dtype: str | None = flag(None, "default: bfloat16 on cuda, else float32", choices=("float32", "bfloat16"))
-    seed: int = flag(0, "of the weights, of random offsets and of sampling")
-    score: str = flag("mean", "how the queries of top-k patterns (N64K16) score a block, see kernels.py", choices=kernels.SCORES)
-
-    def __post_init__(self):
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = f"cuda:{LOCAL_RANK}" if self.gpu and WORLD > 1 else self.device
-        try:
-            found = torch.zeros(1, device=self.device)
-            found.item()                                        # "meta" has nothing to read
-            if self.gpu:
-                torch.cuda.set_device(found.device)             # where Triton and NCCL work
-        except (RuntimeError, AssertionError, ImportError) as error:
-            raise ValueError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
-        self.dtype = self.dtype or ("bfloat16" if self.gpu else "float32")
-
-    @property
-    def gpu(self):
-        return self.device.startswith("cuda")
-
-
-@dataclass
-class DataFlags(Common):
-    """The flags of every script that reads data."""
-    data: str = flag("stdlib", "stdlib, a text file, a folder of text files or with train.bin and val.bin, or niah")
-    tasks: list = flag((*TASKS,)[:8], "of --data niah", nargs="+", choices=(*TASKS,))
-    tokenizer: str | None = flag(None, "of text: bytes (default) or gpt2; of .bin: what made it, ids (default) if unknown",
-                                 choices=("bytes", "gpt2", "ids"))
-    eot: int | None = flag(None, "end-of-text token of .bin data, -1 for none; default: 50256 if it occurs")
-    context: int = flag(1024, "tokens per sequence")
-    eval_windows: int = flag(64, "windows of validation data, spread evenly over it")
-    eval_batch: int = flag(8, "windows validated at once")
-
-
-@dataclass
-class FitFlags(DataFlags):
-    """The flags of pretraining and adaptation."""
-    batch_size: int = flag(16, "sequences per update")
-    grad_accum: int = flag(1, "parts that a batch is run in, to save memory")
-    steps: int = flag(1000, "batches")
-    lr: float = flag(1e-3, "peak learning rate")
-    min_lr: float = flag(1e-6, "last learning rate")
-    warmup: float = flag(0.05, "share of the steps that warms up")
-    weight_decay: float = flag(0.1, "of AdamW, on all parameters")
-    clip: float = flag(1.0, "largest gradient norm")
-    compile: bool | None = flag(None, "torch.compile the blocks; default: on a GPU, where triton is installed")
-    checkpointing: bool = flag(False, "hold the inputs of blocks only and compute the rest again, for long contexts")
-    log_interval: int = flag(10, "steps between log lines")
-    resume: bool = flag(False, "go on with what --out holds; adapt.py: keep its finished patterns")
-    overwrite: bool = flag(False, "start anew where --out holds it already")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.gpu:
-            torch.set_float32_matmul_precision("high")          # TF32, in what --dtype float32 leaves in float32
-        needs = "triton" if self.gpu else os.environ.get("CXX", "g++")
-        able = importlib.util.find_spec(needs) if self.gpu else shutil.which(needs)
-        if self.compile and not able:
-            print(f"--compile: {needs} is not installed here, going on without", flush=True)
-        self.compile = bool(able and (self.gpu if self.compile is None else self.compile))
-
-    def check(self):
-        """Self, if these flags go together; ValueError in one line if not."""
-        if self.batch_size % (WORLD * self.grad_accum):
-            raise ValueError(f"--batch-size {self.batch_size} does not split into --grad-accum {self.grad_accum} x {WORLD} "
-                             "processes")
-        return self
-
-
 class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that returns only what was typed, and raises ValueError for errors.
+
+    defaults: {name: value} of the flags, for `merge`.
+    """
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.defaults = {}
+
+    def flag(self, name, default, help, type=str, **options):
+        """Add a flag. Its help ends with the default, if that is a value."""
+        self.defaults[name[2:].replace("-", "_")] = default
+        if default not in (None, ()) and default is not False:
+            several = isinstance(default, (list, tuple))
+            shown = " ".join(map(str, default)) if several else default
+            help = f"{help}; default: {shown}"
+        if options.get("action") != "store_true":
+            options["type"] = type
+        self.add_argument(name, help=help.replace("%", "%%"), **options)
+
+    def switch(self, name, default, help):
+        self.defaults[name[2:].replace("-", "_")] = default
+        self.add_argument(name, help=help, action=argparse.BooleanOptionalAction)
+
     def error(self, message):
         raise ValueError(f"{message} (see --help)")
 
 
-def parse_flags(cls, description):
-    """The flags that were given, as a dict; every field of the dataclass `cls` is one, with its help."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(cls):
-        argument, kinds, default = dict(field.metadata), {field.type, *typing.get_args(field.type)}, field.default
-        if type(default) in (str, int, float, tuple) and default != ():
-            argument["help"] += f"; default: {' '.join(default) if type(default) is tuple else default}"
-        if bool in kinds:
-            argument["action"] = argparse.BooleanOptionalAction
-        else:
-            argument["type"] = next((kind for kind in (int, float) if kind in kinds), str)
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **argument)
-    given = vars(parser.parse_args())
-    for name, value in given.items():
-        least = {"eot": -1, "seed": 0}.get(name, 1 if type(value) is int else 0)
-        if type(value) in (int, float) and not least <= value <= 2**40:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be a number from {least} to 2^40")
-    return given
+def merge(*layers):
+    """One Namespace of several dicts; later dicts win. This is the only place of precedence.
+
+    The scripts call it as merge(defaults, preset and recipe, checkpoint, given).
+    """
+    config = {}
+    for layer in layers:
+        config.update(layer)
+    return argparse.Namespace(**config)
 
 
-def out_of_memory(error):
-    """Whether the error says that memory ran out; a CPU's is a plain RuntimeError of torch."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+def bounded(kind, name, low, high):
+    """The type of a flag that is a number: a function that argparse calls with the text."""
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:g} to {high:g}")
+    return convert
 
 
-def run(main):
-    """Call main, as one of several processes if torchrun says so. Bad input, a missing file, a lack of memory or Ctrl-C
-    is one line on stderr and a non-zero exit, on which torchrun ends the other processes."""
-    name, leave = os.path.basename(sys.argv[0]), sys.exit
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        leave = os._exit                                        # no waiting for what others won't send, no race in taking down
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
+def whole(low=1, high=2**40):
+    """The type of a flag that is a whole number."""
+    return bounded(int, "a whole number", low, high)
+
+
+def real(low, high):
+    """The type of a flag that is any number."""
+    return bounded(float, "a number", low, high)
+
+
+def filled(text):
+    """The type of a flag that must not be empty, as "$DATA" is if DATA is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; is a variable of your shell not set?")
+    return text
+
+
+def source_flag(text):
+    """The type of --data: an absolute path, so that it is found from other folders, or stdlib."""
+    return "stdlib" if text == "stdlib" else os.path.abspath(filled(text))
+
+
+def pattern_flag(text):
+    """The type of flags that name a pattern: the text as `str(Pattern)` writes it."""
     try:
-        main()
-    except Exception as error:
-        if not (isinstance(error, (ValueError, OSError)) or out_of_memory(error)):
-            raise
-        why = f"{name}: {' '.join(str(error).split())}"
-        if WORLD == 1:
-            sys.exit(why)
-        if RANK:                                                # process 0 speaks first; if it has, torchrun ends this one here
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
-        print(why, file=sys.stderr, flush=True)
-        leave(1)
-    except KeyboardInterrupt as error:
-        if RANK == 0:
-            print(f"{name}: interrupted{error}", file=sys.stderr, flush=True)
-        leave(130)
-    if WORLD > 1:
-        summed(torch.zeros(1))
-        sys.stdout.flush()
-        leave(0)
+        return str(Pattern.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_common_flags(parser):
+    """The flags of every script."""
+    parser.flag("--out", "out", "folder of the run's checkpoints and logs", filled)
+    parser.flag("--device", None, "cpu, cuda, cuda:1 ...; default: cuda if there is one")
+    parser.flag("--dtype", None, "float32 or bfloat16; default: bfloat16 on cuda, else float32",
+                choices=("float32", "bfloat16"))
+    parser.flag("--seed", 0, "of the weights, of random offsets, of sampling", whole(0))
+
+
+def add_data_flags(parser):
+    """The flags of every script that reads data."""
+    parser.flag("--data", ["stdlib"], "stdlib (Python's own source), text files, folders of texts, "
+                "or folders with train.bin and val.bin; several are read one after the other",
+                source_flag, nargs="+")
+    parser.flag("--tokenizer", None, "of texts: bytes (default) or gpt2; of .bin files: what they "
+                "were made with, or ids (default)", choices=("bytes", "gpt2", "ids"))
+    parser.flag("--split-on", None, "in text files, the text between two documents, such as "
+                "<|endoftext|>", filled)
+    parser.flag("--eot", None, "end-of-text token of .bin files, -1 for none; default: the "
+                "tokenizer's, or 50256 if it occurs", whole(-1, 65535))
+    parser.flag("--context", 1024, "tokens per sequence", whole(1, 2**24))
+    parser.flag("--eval-windows", 64, "windows of validation data, spread evenly", whole())
+    parser.flag("--eval-batch", 8, "windows that are validated at once", whole())
+    parser.defaults["sources"] = {}                         # filled in by load_data
+
+
+def add_fit_flags(parser):
+    """The flags of pretraining and adaptation."""
+    flag = parser.flag
+    flag("--batch-size", 16, "sequences per update", whole(1, 2**20))
+    flag("--grad-accum", 1, "parts that a batch is run in, to save memory", whole())
+    flag("--steps", 1000, "batches to train on", whole())
+    flag("--lr", 1e-3, "peak learning rate", real(1e-12, 1e3))
+    flag("--min-lr", 1e-6, "learning rate of the last step", real(0, 1e3))
+    flag("--warmup", 0.05, "share of the steps, 0 to 1, in which the rate rises",
+         bounded(float, "a share of the steps, a number", 0, 1))
+    flag("--weight-decay", 0.1, "of AdamW, on all parameters", real(0, 100))
+    flag("--clip", 1.0, "largest gradient norm, 0 for no limit", real(0, 1e12))
+    flag("--log-interval", 10, "steps between log lines", whole())
+    parser.switch("--compile", None, "torch.compile the blocks; default: on a GPU with triton")
+    parser.switch("--checkpointing", False, "save memory: compute activations again in backward")
+    parser.switch("--resume", False, "go on with the run in --out; adapt.py: keep what is done")
+    parser.switch("--overwrite", False, "start anew; old files are renamed to NAME.old")
+
+
+def on_gpu(config):
+    return config.device.startswith("cuda")
+
+
+def resolve_device(config):
+    """Fill in config.device and config.dtype. ValueError if the device can't be used."""
+    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if on_gpu(config) and WORLD > 1:
+        config.device = f"cuda:{LOCAL_RANK}"
+    try:
+        found = torch.zeros(1, device=config.device)
+        found.item()                                        # the device "meta" has nothing to read
+        if on_gpu(config):
+            torch.cuda.set_device(found.device)             # where Triton and NCCL work
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+    config.dtype = config.dtype or ("bfloat16" if on_gpu(config) else "float32")
+    if on_gpu(config) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(4)                            # more would only wait for one another
+
+
+def resolve_fit(config):
+    """The same, and config.compile. ValueError if flags of training do not go together."""
+    resolve_device(config)
+    needs = "triton" if on_gpu(config) else os.environ.get("CXX", "g++")
+    able = importlib.util.find_spec(needs) if on_gpu(config) else shutil.which(needs)
+    if config.compile and not able:
+        note(f"--compile: {needs} is not installed here, going on without")
+    wanted = on_gpu(config) if config.compile is None else config.compile
+    config.compile = bool(wanted and able)
+    if config.batch_size % (WORLD * config.grad_accum):
+        raise ValueError(f"--batch-size {config.batch_size} does not split into --grad-accum "
+                         f"{config.grad_accum} x {WORLD} processes")
+    if config.min_lr > config.lr:
+        raise ValueError(f"--min-lr {config.min_lr:g} is above --lr {config.lr:g}: the learning "
+                         "rate would rise")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite starts anew: give one")
 
 
 def header(model, config):
-    """What runs, on what; the first lines of every script."""
-    shape, size = model.config, sum(p.numel() for p in model.parameters())
-    print(f"{'RAT+' if shape.recurrence else 'attention-only'} | {size / 1e6:.2f}M parameters | {shape.n_layer} layers x "
-          f"{shape.n_embd}, {shape.n_head} heads, vocabulary {shape.vocab_size}\npython {platform.python_version()}, torch "
-          f"{torch.__version__}, {torch.get_num_threads()} CPU threads, {config.dtype} | {kernels.path(config.device)}"
-          f"{f' | {WORLD} processes' * (WORLD > 1)}", flush=True)
+    """Print what runs on what: the first lines of every script."""
+    shape = model.config
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{shape.name} | {size / 1e6:.2f}M parameters | {shape.n_layer} layers x {shape.n_embd}, "
+        f"{shape.n_head} heads, vocabulary {shape.vocab_size}")
+    say(f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} CPU threads, {config.dtype} | {path_taken(config.device)}"
+        f"{f' | {WORLD} processes' * (WORLD > 1)}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Pretraining
+# --------------------------------------------------------------------------------------------------
+# Checkpoints and logs
 
-RECIPES = {                                                     # how each of model.PRESETS is pretrained
-    "laptop": dict(context=256, batch_size=16, steps=300, lr=2e-3, eval_interval=100, eval_windows=64),
+OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}         # not saved
+OF_A_RUN = {"checkpoint", "pattern", "seed", "dtype"}                   # saved, not inherited
+FREE = {"steps", "log_interval", "eval_interval", "eval_batch", "grad_accum", "checkpointing"}
+
+
+def recorded(flags):
+    """Of the flags in a dict, those that a checkpoint keeps, as this version writes them."""
+    kept = {name: value for name, value in flags.items() if name not in OF_A_CALL}
+    for name in ("data", "arl"):
+        if isinstance(kept.get(name), str):                             # an older checkpoint's
+            kept[name] = [kept[name]]
+    return kept
+
+
+def of_run(path, meta, given, known):
+    """What a script inherits from the checkpoint of a run at `path`, for the flags in `known`.
+
+    That is what describes the model, its data and its recipe, never a flag of that call. If --data
+    is given, the end-of-text token is found anew. ValueError if the run's data are not known.
+    """
+    if not meta.get("train") and "data" not in given:
+        raise ValueError(f"{path} does not say what it was trained on: --data is needed")
+    left_out = {*OF_A_RUN, *(("eot", "split_on") if "data" in given else ())}
+    saved = recorded({**meta.get("train", {}), "tokenizer": meta["tokenizer"]})
+    return {name: value for name, value in saved.items() if name in known and name not in left_out}
+
+
+def refuse_changes(path, saved, given, free=()):
+    """ValueError if a flag in `given` is not what the checkpoint at `path` has for it."""
+    for name, value in recorded(given).items():
+        if name not in free and saved.get(name, value) != value:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {path} has {saved[name]}, and "
+                             "what changes the result can't differ; --out starts another run")
+
+
+def file_of(pattern, out):
+    """The checkpoint of a pattern in `out`: D16.pt, D1+D4_D8.pt of D1,D4/D8, N4K2-last.pt."""
+    name = str(pattern).replace(",", "+").replace("/", "_").replace(":", "-")
+    return os.path.join(out, f"{name}.pt")
+
+
+def fingerprint(model):
+    """Eight hex digits that tell weights from others: adapted checkpoints name their parent so."""
+    weights = model.embed.weight.detach().float().cpu().numpy()
+    return hashlib.md5(weights.tobytes()).hexdigest()[:8]
+
+
+def log_of(path):
+    return path.removesuffix(".pt") + ".jsonl"
+
+
+def set_aside(path):
+    """Rename the files of an earlier run, so that they can't pass for those of the new one."""
+    for old in (path, log_of(path)):
+        if RANK == 0 and os.path.exists(old):
+            os.replace(old, f"{old}.old")
+
+
+@contextlib.contextmanager
+def open_log(path, step=0):
+    """The JSONL log beside the checkpoint `path`, which is locked meanwhile.
+
+    At step 0 the files of an earlier run are set aside. Otherwise the log keeps its whole records
+    up to `step`, so that a resumed run has each step once. Torn lines are left out.
+    """
+    if RANK:
+        yield open(os.devnull, "w")
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with lock(f"{path.removesuffix('.pt')}.lock"):
+        kept = whole_records(log_of(path), step) if step else []
+        if not step:
+            set_aside(path)
+        with open(f"{log_of(path)}.tmp", "w") as f:
+            f.writelines(kept)
+        os.replace(f.name, log_of(path))
+        with open(log_of(path), "a") as log:
+            yield log
+
+
+def whole_records(path, step):
+    """The lines of a log that are JSON records of up to `step` steps."""
+    kept = []
+    torn = 0
+    if not os.path.exists(path):
+        return kept
+    with open(path, errors="replace") as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+                if record.get("step", 0) <= step and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, AttributeError):
+                torn += 1
+    if torn:
+        note(f"{path}: {torn} torn lines are left out")
+    return kept
+
+
+def report(log, text, **record):
+    """A record in the log, and a line on the screen."""
+    log.write(json.dumps(record) + "\n")
+    log.flush()
+    say(text)
+
+
+def log_line(record, config):
+    *sparse, main = record["losses"].values()
+    sparse = "".join(f" sparse {loss:.4f}" for loss in sparse)
+    mfu = f" | MFU {record['mfu']:.0%}" * (record["mfu"] > 0)
+    return (f"step {record['step']:04}/{config.steps:04} | loss {main:.4f}{sparse} | "
+            f"lr {record['lr']:.1e} | norm {record['norm']:.2f} | {record['ms']:.0f} ms | "
+            f"{record['rate'] / 1e3:.1f}k tok/s{mfu} | ETA {record['eta']:.1f} min")
+
+
+def memory(config):
+    """What a validation line says of the GPU's memory."""
+    used = torch.cuda.max_memory_allocated() / 2**30 if on_gpu(config) else 0
+    return f" | peak {used:.1f} GiB" * on_gpu(config)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pretraining and fine-tuning
+
+RECIPES = {                                             # how each of model.PRESETS is pretrained
+    "laptop": dict(context=256, batch_size=16, steps=300, lr=2e-3, eval_interval=100),
     "small": dict(context=2048, batch_size=32, steps=1000, lr=1e-3),
     "base": dict(context=4096, batch_size=128, grad_accum=16, steps=5000, lr=8e-4),
     "paper-1.5b": dict(context=4096, batch_size=512, grad_accum=128, steps=47684, lr=8e-4),
@@ -639,148 +1210,161 @@ RECIPES = {                                                     # how each of mo
 }
 
 
-@dataclass
-class TrainConfig(FitFlags):
-    preset: str | None = flag(None, "shape and recipe; default: laptop on a CPU, small on a GPU", choices=(*PRESETS,))
-    n_layer: int | None = flag(None, "layers; default: the preset's")
-    n_head: int | None = flag(None, "heads; default: the preset's")
-    n_embd: int | None = flag(None, "width; default: the preset's")
-    checkpoint: str | None = flag(None, "weights to go on from, a new run in another --out; adapted ones: in their pattern alone")
-    recurrence: bool = flag(True, "--no-recurrence: the attention-only baseline")
-    arl: str | None = flag(None, "pattern of the sparse updates, or none; default: D64, none without recurrence")
-    vocab_size: int | None = flag(None, "rounded up to a multiple of 64; default: the tokenizer's, else the largest token + 1")
-    random: bool = flag(False, "windows at random offsets, as in adaptation, instead of the first tokens in order")
-    eval_interval: int = flag(250, "steps between validations; each saves a checkpoint")
+def train_flags():
+    parser = Parser(__doc__)
+    flag = parser.flag
+    add_common_flags(parser)
+    add_data_flags(parser)
+    add_fit_flags(parser)
+    flag("--preset", None, "shape and recipe; default: laptop on a CPU, small on a GPU",
+         choices=[*PRESETS])
+    flag("--n-layer", None, "layers; default: the preset's", whole(1, 1000))
+    flag("--n-head", None, "heads; default: the preset's", whole(1, 1024))
+    flag("--n-embd", None, "width; default: the preset's", whole(1, 2**17))
+    flag("--vocab-size", None, "rounded up to a multiple of 64; default: the tokenizer's, else the "
+         "largest token + 1", lambda text: in_64s(whole(1, 65536)(text)))
+    parser.switch("--recurrence", True, "--no-recurrence: the attention-only baseline")
+    flag("--arl", None, "patterns of the sparse updates, of which each batch draws one, or none; "
+         "default: D64, none without recurrence", arl_flag, nargs="+")
+    flag("--pattern", None, "the pattern of all updates, without ARL; it names the checkpoint",
+         pattern_flag)
+    flag("--checkpoint", None, "weights to start a new run from, in another --out; adapted ones go "
+         "on in their pattern alone", filled)
+    parser.switch("--random", False, "read windows at random offsets, not in order")
+    flag("--eval-interval", 250, "steps between validations; each saves a checkpoint", whole())
+    return parser
 
 
-def of_run(cls, path, meta, given):
-    """The flags of `cls`: those given, else what train.py used for the checkpoint at `path`, else the defaults."""
-    if not meta.get("train") and "data" not in given:
-        raise ValueError(f"{path} does not say what it was trained on: --data is needed")
-    here = {field.name for field in dataclasses.fields(Common)} | {"checkpoint", "resume", "overwrite", "compile"}
-    names = {field.name for field in dataclasses.fields(cls)} - here
-    used = {"tokenizer": meta["tokenizer"], **meta.get("train", {})}
-    return cls(**{**{name: value for name, value in used.items() if name in names}, **given})
+def arl_flag(text):
+    return text if text == "none" else pattern_flag(text)
 
 
-def file_of(pattern, out):
-    """The checkpoint adapted to a pattern: out/D16.pt and so on, with + and _ for the , and / of hybrids."""
-    return os.path.join(out, str(pattern).replace(",", "+").replace("/", "_") + ".pt")
+def only_pattern(given, meta):
+    """The pattern of all updates, from --pattern or an adapted --checkpoint; None: dense, with ARL.
+
+    ValueError if these or --arl contradict one another.
+    """
+    alone = "adapt" in meta or meta.get("train", {}).get("pattern")
+    own = meta["pattern"] if alone or meta.get("pattern", "D1") != "D1" else None
+    pattern = given.get("pattern", own)
+    if own not in (None, pattern):
+        raise ValueError(f"--pattern {pattern}: {given['checkpoint']} was trained in {own} alone")
+    if pattern and "arl" in given:
+        raise ValueError(f"--arl belongs to dense training, and all updates are in {pattern} here")
+    return pattern
 
 
-def fingerprint(model):
-    """Eight hex digits that tell one set of weights from another: adapted checkpoints name their dense parent by it."""
-    return hashlib.md5(model.embed.weight.detach().float().cpu().numpy().tobytes()).hexdigest()[:8]
+def of_checkpoint(path, model, meta, given, known):
+    """What a checkpoint says of the flags in `known`: all of them for --resume, else `of_run`.
+
+    ValueError if a flag in `given` contradicts it.
+    """
+    shape = asdict(model.config)
+    unknown = {*meta.get("train", {})} - {*known}
+    if unknown:
+        note(f"{path} has flags that mean nothing here: {', '.join(sorted(unknown))}")
+    if not given.get("resume"):
+        saved = of_run(path, meta, given, known)
+    elif "optimizer" in meta:
+        saved = {name: value for name, value in recorded(meta["train"]).items() if name in known}
+        refuse_changes(path, saved, given, FREE)
+    else:
+        raise ValueError(f"{path} is not a checkpoint of train.py, it can't be resumed")
+    refuse_changes(path, shape, {**PRESETS.get(given.get("preset"), {}), **given})
+    return {**saved, **shape}
 
 
-def log_line(record, config):
-    *sparse, dense = record["losses"].values()
-    sparse = "".join(f" sparse {loss:.4f}" for loss in sparse)
-    speed = f"{record['rate'] / 1e3:.1f}k tok/s" + f" | MFU {record['mfu']:.0%}" * (record["mfu"] > 0)
-    return (f"step {record['step']:04}/{config.steps:04} | loss {dense:.4f}{sparse} | lr {record['lr']:.1e} | "
-            f"norm {record['norm']:.2f} | {record['ms']:.0f} ms | {speed} | ETA {record['eta']:.1f} min")
+def settle(parser, given, saved):
+    """The config of a run. Names of patterns become Patterns in main."""
+    gpu = given.get("device", "cuda" if torch.cuda.is_available() else "cpu").startswith("cuda")
+    preset = given.get("preset") or saved.get("preset") or ("small" if gpu else "laptop")
+    recipe = {**PRESETS[preset], **RECIPES[preset], "preset": preset}
+    config = merge(parser.defaults, recipe, saved, given)
+    resolve_fit(config)
+    if config.arl is None:
+        config.arl = ["D64"] if config.recurrence else ["none"]
+    if "none" in config.arl and len(config.arl) > 1:
+        raise ValueError("--arl none goes alone")
+    return config
 
 
-def memory(config):
-    """What a validation line says of the GPU's memory."""
-    return f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if config.gpu else ""
+def main(argv=None):
+    parser = train_flags()
+    given = vars(parser.parse_args(argv))
+    parent = given.get("checkpoint")
+    model, meta = load_checkpoint(parent) if parent else (None, {})
+    pattern = only_pattern(given, meta)
+    path = file_of(pattern or "dense", given.get("out", "out"))
+    if parent and os.path.realpath(path) == os.path.realpath(parent):
+        raise ValueError(f"--checkpoint {parent} is where the run would write; --out names another "
+                         "folder")
+    if given.get("resume"):
+        model, meta = load_checkpoint(path, training=True)
+    elif os.path.exists(path) and not given.get("overwrite"):
+        raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out "
+                         "names another folder")
+    saved = of_checkpoint(path if given.get("resume") else parent, model, meta, given,
+                          parser.defaults) if model else {}
+    config = settle(parser, given, saved)
+    config.pattern = pattern
+    data = load_data(config, config.vocab_size)
+    config.vocab_size = data.vocab_size
 
-
-def open_log(path, step=0):
-    """A JSONL log, cut back to whole records up to `step`, so that a resumed run has every step once."""
-    kept = []
-    if RANK:
-        return open(os.devnull, "w")
-    if step and os.path.exists(path):
-        with open(path) as f:
-            kept = [record for record in f if record.endswith("\n") and json.loads(record).get("step", 0) <= step]
-    log = open(path, "w")
-    log.writelines(kept)
-    return log
-
-
-def report(log, text, **record):
-    """A line on the screen and a record in the log."""
-    print(text, flush=True)
-    log.write(json.dumps(record) + "\n")
-    log.flush()
-
-
-def main():
-    given = parse_flags(TrainConfig, __doc__)
-    config = TrainConfig(**given)
-    model, meta = load_checkpoint(config.checkpoint, config.device) if config.checkpoint else (None, {"pattern": "D1"})
-    pattern = meta["pattern"]
-    path = os.path.join(config.out, "dense.pt") if pattern == "D1" else file_of(pattern, config.out)
-    if config.checkpoint and os.path.realpath(path) == os.path.realpath(config.checkpoint):
-        raise ValueError(f"--checkpoint {path}: the run would write there; --out names another folder")
-    if config.resume:
-        model, meta = load_checkpoint(path, config.device)
-        if "optimizer" not in meta:
-            raise ValueError(f"{path}: not a checkpoint of train.py, it can't be resumed")
-    elif os.path.exists(path) and not config.overwrite:
-        raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out names another folder")
-    saved = {**asdict(model.config), "tokenizer": meta["tokenizer"], **meta.get("train", {})} if model else {}
-    preset = config.preset or saved.get("preset") or ("small" if config.gpu else "laptop")
-    here = {"preset": preset, "out": config.out, "device": config.device, "compile": config.compile}    # a run may have moved
-    config = TrainConfig(**{**PRESETS[preset], **RECIPES[preset], **saved, **given, **here}).check()
-    config.arl = config.arl or ("D64" if config.recurrence else "none")
-
-    train, val, config.vocab_size = load_data(config, config.vocab_size)
-    shape = RATConfig(config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.recurrence)
-    if model and shape != model.config:
-        raise ValueError(f"{path if config.resume else config.checkpoint} holds {model.config}, the flags ask for {shape}")
-    passes = [config.arl, "D1"] if pattern == "D1" else [pattern]
-    passes = [Pattern.parse(text, config.score).fit(shape) for text in passes if text != "none"]
-    kin = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
-    os.makedirs(config.out, exist_ok=True)
     torch.manual_seed(config.seed)
-    model = model or RATPlus(shape).to(config.device)
+    if model is None:
+        model = RATPlus(RATConfig(config.vocab_size, config.n_layer, config.n_head, config.n_embd,
+                                  config.recurrence))
+    model.to(config.device)
+    main_pattern = Pattern.parse(pattern or "D1").fit(model.config)
+    names = [] if pattern else [name for name in dict.fromkeys(config.arl) if name != "none"]
+    arl = [Pattern.parse(name).fit(model.config) for name in names]
+    kin = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
     optimizer = new_optimizer(model, config)
+    first = 0
     if config.resume:
         optimizer.load_state_dict(meta["optimizer"])
-        torch.set_rng_state(meta["rng"])
-    first = meta["step"] if config.resume else 0
-
+        first = meta["step"]
     header(model, config)
-    stopped, leaving = [], False
-
-    def stop(number, frame):                                    # after this step; a second Ctrl-C leaves at once
-        stopped.append(number)
-        if WORLD == 1:                                          # torchrun passes on what the terminal sent already
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def due(step):
-        nonlocal leaving
-        leaving = summed(torch.tensor(len(stopped))).item() > 0            # all processes leave after the same step
-        return leaving or step % config.eval_interval == 0
 
     def batch(step):
-        starts = at_random if config.random else in_order
-        return cut(train, starts(step, config, len(train)), config.context, config.eot)
+        windows = at_random if config.random else in_order
+        return cut(data.train, windows(step, config, data.train), config.context, config.eot)
 
-    with open_log(path[:-len("pt")] + "jsonl", first) as log:
-        tokens, updates = config.steps * config.batch_size * config.context, " then ".join(map(str, passes))
-        report(log, f"{config}\n{tokens / 1e6:.2f}M of {len(train) / 1e6:.3g}M tokens, each batch updates with {updates}; "
-               f"{len(val) / 1e6:.3g}M for validation", step=first, config=asdict(config), torch=torch.__version__)
-        for record in fit(model, config, passes, batch, optimizer, first, due):
-            if record["step"] == first + 1:                     # before, a signal just ends the process: it may be compiling
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, stop)
-            step, last = record["step"], leaving or record["step"] == config.steps
-            if last or step % config.log_interval == 0:
+    def save(step, val):
+        if RANK == 0:
+            save_checkpoint(path, model, step=step, pattern=str(main_pattern), val=val, **kin,
+                            tokenizer=config.tokenizer, train=recorded(vars(config)),
+                            optimizer=optimizer.state_dict())
+        shown = " ".join(f"{name} {loss:.4f}" for name, loss in val.items()) or "not measured"
+        report(log, f"step {step:04} | val {shown}{memory(config)} | saved {path}", step=step,
+               val=val)
+
+    with open_log(path, first) as log, stop_signals() as stop:
+        report(log, describe(config, data, main_pattern, names), step=first,
+               config=recorded(vars(config)), torch=torch.__version__)
+        for record in fit(model, config, batch, optimizer, main_pattern, arl, first, stop):
+            step = record["step"]
+            ends = step == config.steps
+            stopped = record.pop("stopped") and not ends
+            if ends or stopped or step % config.log_interval == 0:
                 report(log, log_line(record, config), **record)
-            if last or step % config.eval_interval == 0:
-                losses = {} if leaving else {str(p): evaluate(model, val, p, config) for p in passes[::-1]}
-                if RANK == 0:
-                    save_checkpoint(path, model, step=step, pattern=pattern, tokenizer=config.tokenizer, val=losses, **kin,
-                                    train=asdict(config), optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
-                values = " ".join(f"{p} {loss:.4f}" for p, loss in losses.items()) or "not measured"
-                report(log, f"step {step:04} | val {values}{memory(config)} | saved {path}", step=step, val=losses)
-            if leaving:
+            if stopped:
+                save(step, {})
                 raise KeyboardInterrupt(f"; step {step} is saved in {path}, --resume goes on")
+            if ends or step % config.eval_interval == 0:
+                patterns = (main_pattern, *arl)
+                save(step, {str(p): evaluate(model, data.val, p, config) for p in patterns})
     if first >= config.steps:
-        print(f"{path} is complete: {first} steps")
+        say(f"{path} is complete: {first} steps")
+
+
+def describe(config, data, pattern, arl):
+    """The flags, the data and the updates of a run, in two lines."""
+    flags = " ".join(f"{name}={value}" for name, value in vars(config).items())
+    tokens = config.steps * config.batch_size * config.context / 1e6
+    sparse = f"{' or '.join(arl)}, then " if arl else ""
+    return (f"{flags}\n{tokens:.2f}M tokens to train on, of {len(data.train) / 1e6:.3g}M; each "
+            f"batch updates with {sparse}{pattern}; {len(data.val) / 1e6:.3g}M for validation")
 
 
 if __name__ == "__main__":
