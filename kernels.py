@@ -68,9 +68,10 @@ def path(device):
     return f"Triton {triton.__version__} kernels on {where}"
 
 
-def require(condition, message):
+def require(condition, message, *told):
+    """ValueError, with the values `told` in the message, unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message.format(*told) if told else message)
 
 
 def require_alike(name, **tensors):
@@ -336,24 +337,25 @@ def recurrence_backward_kernel(
     d_v = load_float(dv_rec + out, live, 0)
     d_k, d_v, first_k, first_v = chain(
         a_next, d_k, d_v, dk_end, dv_end, words, chunk, chunks, b, c, C, COPIES)
-    if chunk == chunks - 1:
-        a_0 = decay(load_float(g + b * stride_b + c, c < C, 0))[0]
-        tl.store(dk0 + b * C + c, a_0 * first_k, mask=c < C)
-        tl.store(dv0 + b * C + c, a_0 * first_v, mask=c < C)
+    if chunk == chunks - 1:                            # step 0: before it lies the state
+        row = b * stride_b + c
+        mask = c < C
+        a_0, rest_0 = decay(load_float(g + row, mask, 0))
+        far_k = load_float(k0 + b * C + c, mask, 0) - load_float(k + row, mask, 0)
+        far_v = load_float(v0 + b * C + c, mask, 0) - load_float(v + row, mask, 0)
+        d_g0 = a_0 * rest_0 * (first_k * far_k + first_v * far_v)
+        tl.store(dk0 + b * C + c, a_0 * first_k, mask=mask)
+        tl.store(dv0 + b * C + c, a_0 * first_v, mask=mask)
+        tl.store(dg + b * T * C + c, d_g0.to(dg.dtype.element_ty), mask=mask)
     a, rest = decay(load_float(g + at, live, 0))
-    state_k = load_float(k0 + b * C + c, c < C, 0)[None, None, :]
-    state_v = load_float(v0 + b * C + c, c < C, 0)[None, None, :]
-    has_before = i < end                               # before step 0 lies the state
-    prev_k = tl.where(has_before, load_float(k_rec + out - C, live & has_before, 0), state_k)
-    prev_v = tl.where(has_before, load_float(v_rec + out - C, live & has_before, 0), state_v)
     d_k *= rest
     d_v *= rest
-    far_k = prev_k - load_float(k + at, live, 0)
-    far_v = prev_v - load_float(v + at, live, 0)
     tl.store(dk + out, d_k.to(dk.dtype.element_ty), mask=live)
     tl.store(dv + out, d_v.to(dv.dtype.element_ty), mask=live)
-    d_g = a * (d_k * far_k + d_v * far_v)
-    tl.store(dg + out, d_g.to(dg.dtype.element_ty), mask=live)
+    before = live & (i < end)                          # all other steps
+    d_g = d_k * (load_float(k_rec + out - C, before, 0) - load_float(k + at, before, 0))
+    d_g += d_v * (load_float(v_rec + out - C, before, 0) - load_float(v + at, before, 0))
+    tl.store(dg + out, (a * d_g).to(dg.dtype.element_ty), mask=before)
 
 
 MANY_CHAINS = dict(RUN=4, BT=64, BC=64, num_warps=4)             # tiles: the fastest on an H100
@@ -1058,8 +1060,8 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     q, k_rec, v_rec = in_autocast_dtype(q, k_rec, v_rec)
     require_alike("attention", q=q, k_rec=k_rec, v_rec=v_rec)
     require(q.dim() == 4 and q.dtype == k_rec.dtype == v_rec.dtype,
-            "attention: q, k_rec, v_rec are (B, H, T, Dh) of one dtype, "
-            f"got {q.dtype}, {k_rec.dtype}, {v_rec.dtype}")
+            "attention: q, k_rec, v_rec are (B, H, T, Dh) of one dtype, got {}, {}, {}",
+            q.dtype, k_rec.dtype, v_rec.dtype)
     span = [dilation, min(window, q.shape[2]), min(sinks, q.shape[2])]
     run = attention_operator if recorded(q, k_rec, v_rec) else run_attention
     return run(q, k_rec, v_rec, span)[0]
@@ -1130,20 +1132,21 @@ def partner(d, DH: tl.constexpr):
 
 
 @jit
-def turn(x, x_partner, cos, sin, d, DH: tl.constexpr):
-    """RoPE of channels d, given their partners' values. cos, sin: (Dh / 2,) float32."""
+def load_turn(cos, sin, d, DH: tl.constexpr):
+    """What RoPE multiplies channel d and its partner by. cos, sin: (Dh / 2,) float32."""
     first = d < DH // 2
     i = tl.where(first, d, d - DH // 2)
     c = tl.load(cos + i, mask=d < DH, other=0.0)
     s = tl.load(sin + i, mask=d < DH, other=0.0)
-    return x * c + x_partner * tl.where(first, -s, s)
+    return c, tl.where(first, -s, s)
 
 
 @jit
-def load_query(q, b, h, cos, sin, d, scale, DH: tl.constexpr):
-    """The query after RoPE, times scale: (BD,)."""
+def load_query(q, b, h, cos_d, sin_d, d, scale, DH: tl.constexpr):
+    """The query after RoPE, times scale: (BD,). cos_d, sin_d: of load_turn."""
     x = load_channels(q, b, h, d, DH)
-    return turn(x, load_channels(q, b, h, partner(d, DH), DH), cos, sin, d, DH) * scale
+    x_partner = load_channels(q, b, h, partner(d, DH), DH)
+    return (x * cos_d + x_partner * sin_d) * scale
 
 
 @jit
@@ -1171,7 +1174,8 @@ def decode_attend_kernel(
     h = bh % H
     t = tl.load(seen).to(tl.int32)
     d = tl.arange(0, BD)
-    q_row = load_query(q, b, h, cos, sin, d, scale, DH)                                 # (BD,)
+    cos_d, sin_d = load_turn(cos, sin, d, DH)
+    q_row = load_query(q, b, h, cos_d, sin_d, d, scale, DH)                             # (BD,)
     in_use = slots_in_use(t, SPAN)
     tiles = tl.cdiv(in_use, BN)
     m = tl.full((BN,), EMPTY, tl.float32)
@@ -1219,6 +1223,15 @@ def decode_combine_kernel(
     d = tl.arange(0, BD)
     mine = d < DH
     other = partner(d, DH)
+    split = tl.arange(0, BS)                           # all loads come first: they take long
+    partial += (bh * splits + split) * (DH + 2)                                         # (BS,)
+    m = tl.load(partial + DH, mask=split < splits, other=EMPTY)
+    l = tl.load(partial + DH + 1, mask=split < splits, other=0.0)
+    some = (split < splits)[:, None] & mine[None, :]
+    acc = tl.load(partial[:, None] + d[None, :], mask=some, other=0.0)                  # (BS, BD)
+    cos_d, sin_d = load_turn(cos, sin, d, DH)
+    q_row = load_query(q, b, h, cos_d, sin_d, d, scale, DH)
+    gate = tl.sigmoid(load_channels(o, b, h, d, DH))
     if RECURRENCE:                                                                      # (2)
         k_rec = recur(k, g, k_state, b, h, d, DH)
         v_rec = recur(v, g, v_state, b, h, d, DH)
@@ -1230,21 +1243,14 @@ def decode_combine_kernel(
         k_rec = load_channels(k, b, h, d, DH)
         v_rec = load_channels(v, b, h, d, DH)
         k_other = load_channels(k, b, h, other, DH)
-    k_rec = turn(k_rec, k_other, cos, sin, d, DH)
-    own = tl.sum(load_query(q, b, h, cos, sin, d, scale, DH) * k_rec, axis=0)
-    split = tl.arange(0, BS)
-    partial += (bh * splits + split) * (DH + 2)                                         # (BS,)
-    m = tl.load(partial + DH, mask=split < splits, other=EMPTY)
-    l = tl.load(partial + DH + 1, mask=split < splits, other=0.0)
-    some = (split < splits)[:, None] & mine[None, :]
-    acc = tl.load(partial[:, None] + d[None, :], mask=some, other=0.0)                  # (BS, BD)
+    k_rec = k_rec * cos_d + k_other * sin_d
+    own = tl.sum(q_row * k_rec, axis=0)
     top = tl.maximum(tl.max(m, axis=0), own)
     weight = tl.exp2(m - top)
     own = tl.exp2(own - top)
     total = tl.sum(weight * l, axis=0) + own
     attended = (tl.sum(weight[:, None] * acc, axis=0) + own * v_rec) / total            # (3)
-    gated = tl.sigmoid(load_channels(o, b, h, d, DH)) * attended                        # (5)
-    store_channels(y, b, h, d, gated, DH)
+    store_channels(y, b, h, d, gate * attended, DH)                                     # (5)
     if allowed(t + 1, t, SPAN):  # the next query may need it
         slot = slot_of(t, SPAN).to(tl.int64)
         k_slot = head(k_cache, b, h) + slot * k_cache.t + d
@@ -1284,9 +1290,10 @@ def decode(token, cache, rope, seen, splits=None):
     B, h, slots, Dh = cache.k.shape
     same = q.dtype == cache.k.dtype and q.device == cache.k.device
     require(same and q.shape == (B, h, Dh),
-            f"decode: the token is {tuple(q.shape)} {q.dtype} on {q.device}, "
-            f"the cache wants {(B, h, Dh)} {cache.k.dtype} on {cache.k.device}")
-    require(q.stride(-1) == 1, "decode: the channels of a head must be neighbours in memory")
+            "decode: the token is {} {} on {}, the cache wants {} {} on {}",
+            tuple(q.shape), q.dtype, q.device, (B, h, Dh), cache.k.dtype, cache.k.device)
+    require(all(x.stride(-1) == 1 for x in token if x is not None),
+            "decode: the channels of a head must be neighbours in memory")
     y = q.new_empty(B, h, Dh)
     state = cache.state if g is not None else (k, v)   # a placeholder without g, not read
     BD = triton.next_power_of_2(Dh)

@@ -66,9 +66,10 @@ def path(device):
     return f"plain PyTorch on {device}"
 
 
-def require(condition, message):
+def require(condition, message, *told):
+    """ValueError, with the values `told` in the message, unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message.format(*told) if told else message)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -237,12 +238,13 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     Where all earlier positions are allowed it is dense attention, PyTorch's own. ValueError for
     shapes that do not match.
         """
-    shapes = [tuple(z.shape) for z in (q, k_rec, v_rec)]
-    require(shapes[0] == shapes[1] == shapes[2],
-            f"attention: q, k_rec, v_rec share a shape (B, H, T, Dh), not {shapes}")
-    dtypes = q.dtype, k_rec.dtype, v_rec.dtype
-    require(dtypes[0] == dtypes[1] == dtypes[2] or torch.is_autocast_enabled(q.device.type),
-            f"attention: q, k_rec, v_rec share a dtype, not {dtypes}")
+    require(q.shape == k_rec.shape == v_rec.shape,
+            "attention: q, k_rec, v_rec share a shape (B, H, T, Dh), not {}, {}, {}",
+            q.shape, k_rec.shape, v_rec.shape)
+    one_dtype = q.dtype == k_rec.dtype == v_rec.dtype
+    require(one_dtype or torch.is_autocast_enabled(q.device.type),
+            "attention: q, k_rec, v_rec share a dtype, not {}, {}, {}",
+            q.dtype, k_rec.dtype, v_rec.dtype)
     T = q.shape[2]
     if dilation == 1 or window >= T - 1:
         return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
@@ -350,7 +352,8 @@ class Rule:
         """The same rule for sequences of up to max_len positions: longer sizes are cut to that."""
         window = min(self.window, max_len)
         sinks = min(self.sinks, max_len)
-        return replace(self, window=window, sinks=sinks, block=min(self.block, max_len))
+        block = min(self.block, max(1, max_len))
+        return replace(self, window=window, sinks=sinks, block=block)
 
     def attend(self, q, k_rec, v_rec):
         """Attention of a whole sequence under this rule; shapes as for `attention`."""
@@ -440,7 +443,8 @@ class Mixing(nn.Module):
 
     def split_heads(self, x):
         """(B, T, H * Dh) -> (B, H, T, Dh)"""
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        B, T, _ = x.shape
+        return x.view(B, T, -1, self.head_width).transpose(1, 2)
 
     def forward(self, x, rope, groups, state=None, start=0):
         """A sequence, all positions at once: x (B, T, C) -> (B, T, C).
@@ -970,6 +974,9 @@ class RATPlus(nn.Module):
         shape = tuple(idx.shape)
         require(len(shape) == 2 and shape[0] == cache.batch and shape[1] >= 1,
                 f"prefill: tokens {shape}, the cache wants ({cache.batch}, T >= 1)")
+        if not idx.is_cuda and idx.numel():
+            V = self.config.vocab_size
+            require(0 <= idx.min() and idx.max() < V, f"prefill: a token is outside [0, {V})")
         cache.check(idx.shape[1], self.embed.weight)
         with cache.computing():
             for piece in idx.split(chunk, dim=1):
@@ -1214,8 +1221,8 @@ class Pattern:
     def groups(self, layer, n_head):
         """[Group] of a layer of n_head heads. ValueError if the heads do not split evenly."""
         rules = self.layers[layer % len(self.layers)]
-        require(n_head % len(rules) == 0, f"pattern '{self}': {len(rules)} head groups "
-                f"do not divide {n_head} heads. A right one is D1/D64")
+        require(n_head % len(rules) == 0, "pattern '{}': {} head groups do not divide {} heads. "
+                "A right one is D1/D64", self, len(rules), n_head)
         size = n_head // len(rules)
         groups = []
         for i, rule in enumerate(rules):
