@@ -6,6 +6,7 @@ computes.
   attention    y_t = sum over allowed p of softmax_p(q_t . k_p / sqrt(Dh)) v_p              (3)
   allowed      p <= t, and p is on the dilated grid, in the window, or a sink               (4)
   decode       (2) to (4), and sigmoid(o) * y of (5), for one token of each sequence and a cache
+  top-k        attention over the K best blocks of each query, and its decoding
   rotate       RoPE                      head_loss    output head and cross-entropy
 
 A kernel runs as many programs at once. A program is a block of GPU threads that owns one part of
@@ -167,10 +168,13 @@ def store_rows(x, b, h, row, values, live, DH: tl.constexpr, BD: tl.constexpr):
 # would be 16: one pass for the tiles' ends, one for the outputs. Limits: registers (a tile holds P,
 # H and the inputs in float32); for one long sequence the chain's latency.
 
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
 @jit
 def decay(g):
     """a = sigmoid(g) and 1 - a, precise for g > -87. The difference would be 0 for g > 17."""
-    e = tl.exp(-tl.maximum(g, -87.0))                  # exp(89) overflows
+    e = tl.exp2(tl.minimum(g * -LOG2E, 126.0))         # e^-g; 2^128 would overflow
     a = 1 / (1 + e)
     return a, e * a
 
@@ -676,8 +680,11 @@ def slots_in_use(t, SPAN: tl.constexpr):
 @jit
 def slot_in_use(n, t, SPAN: tl.constexpr):
     """The n-th of them."""
-    ring = tl.minimum(t, SPAN.reach)
-    return tl.where(n < SPAN.sinks + ring, n, n + SPAN.reach - ring)
+    slot = n
+    if SPAN.reach > 0:
+        ring = tl.minimum(t, SPAN.reach)
+        slot = tl.where(n < SPAN.sinks + ring, n, n + SPAN.reach - ring)
+    return slot
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1185,7 +1192,9 @@ def decode_attend_kernel(
     for tile in tl.range(first, end, num_stages=STAGES):
         n = tile * BN + tl.arange(0, BN)
         slot = slot_in_use(n, t, SPAN)
-        here = (n < in_use) & allowed(t, position_in(slot, t, SPAN), SPAN)
+        here = n < in_use
+        if SPAN.sinks + SPAN.reach > 0:                # else all of them are on the grid
+            here = here & allowed(t, position_in(slot, t, SPAN), SPAN)
         k = load_rows(k_cache, b, h, slot, here, DH, BD)                                # (BN, BD)
         v = load_rows(v_cache, b, h, slot, here, DH, BD)
         s = tl.where(here, tl.sum(q_row[None, :] * k.to(tl.float32), axis=1), float("-inf"))
@@ -1273,6 +1282,19 @@ def split_count(programs, slots, BN, device):
     return max(1, min(64, slots // (2 * BN), 16 * units // max(1, programs)))
 
 
+def require_token(token, cache):
+    """ValueError unless the parts of a token fit each other and the cache."""
+    require_alike("decode", **{name: x for name, x in zip("oqkvg", token) if x is not None})
+    q = token[1]
+    B, h, _, Dh = cache.k.shape
+    same = q.dtype == cache.k.dtype and q.device == cache.k.device
+    require(same and q.shape == (B, h, Dh),
+            "decode: the token is {} {} on {}, the cache wants {} {} on {}",
+            tuple(q.shape), q.dtype, q.device, (B, h, Dh), cache.k.dtype, cache.k.device)
+    require(all(x.stride(-1) == 1 for x in token if x is not None),
+            "decode: the channels of a head must be neighbours in memory")
+
+
 def decode(token, cache, rope, seen, splits=None):
     """Equations (2) to (5), but for out_proj, for one token and one head group:
     model.GroupCache.step. Returns (B, h, Dh).
@@ -1284,15 +1306,9 @@ def decode(token, cache, rope, seen, splits=None):
     that position. splits: how many programs share a head's slots; None: enough to fill the GPU.
     ValueError for what does not match.
     """
+    require_token(token, cache)
     o, q, k, v, g = token
-    require_alike("decode", **{name: x for name, x in zip("oqkvg", token) if x is not None})
     B, h, slots, Dh = cache.k.shape
-    same = q.dtype == cache.k.dtype and q.device == cache.k.device
-    require(same and q.shape == (B, h, Dh),
-            "decode: the token is {} {} on {}, the cache wants {} {} on {}",
-            tuple(q.shape), q.dtype, q.device, (B, h, Dh), cache.k.dtype, cache.k.device)
-    require(all(x.stride(-1) == 1 for x in token if x is not None),
-            "decode: the channels of a head must be neighbours in memory")
     y = q.new_empty(B, h, Dh)
     state = cache.state if g is not None else (k, v)   # a placeholder without g, not read
     BD = triton.next_power_of_2(Dh)
@@ -1307,6 +1323,972 @@ def decode(token, cache, rope, seen, splits=None):
     heads = [token_rows(x) for x in (y, o, q, k, v, gate, *state)]
     launch(decode_combine_kernel, B * h, q, *heads, *shared, splits,
            RECURRENCE=g is not None, BS=triton.next_power_of_2(splits), **constants)
+    return y
+
+
+# ---------------------------------------------------------------------------------------------
+# Top-k blocks: the choice
+#
+# model.attention_topk defines it: a query scores each block before its own by a summary of the
+# block's keys, and attends to K blocks of N keys in full: its own, up to itself, and the K - 1
+# others of the best scores. In the same softmax it sees what equation (4) allows elsewhere.
+#
+# What is slow: each query and head chooses for itself, so a tile of queries shares few blocks.
+# The idea: the (query, block) pairs are sorted by block, and a block's keys meet the queries that
+# chose it in a matrix product. A query's K partial results are joined by their log-sum-exp. Bytes
+# per query and head at Dh 128 and K 16 in bf16, where q, k, v, y are 1 KB:
+#
+#   pairs by block   K partial rows written and read: 8 KB; K rows of q from the L2 cache: 4 KB
+#   tiles of BM      64 queries that choose 15 of 256 blocks at random want nearly all of them, so
+#                    the arithmetic is that of dense attention, 8 x more at T 16384
+#   one by one       K N keys and values from the L2 cache: 512 KB
+#
+# Scores (blocks, heads, T) are never stored. A program takes 64 queries of one head past the
+# summaries twice, in tiles of BN blocks:
+#
+#   1. It keeps the 4 best scores of each lane; lane j sees blocks j, j + BN, ... The K-th best of
+#      these is the bar, unless one lane holds 5 of the best K: 1 query in 5000 at K 16, BN 64.
+#   2. Blocks over the bar are chosen. If these are not K - 1, the bar is sought by bisection of
+#      (score, -index). That order is strict: of equal scores the block of lower index wins.
+#
+# The choice leaves as words: bit i of word w of block b says that query 64 w + i chose b. A running
+# sum of the words' populations is each pair's place in the list of its block. So there is no sort
+# and no atomic addition, and lists are in the order of queries. The words take n / 8 bytes a query
+# and head, 1 / 8 of q at T 16384. `attention_topk` cuts long calls, so memory grows with T.
+#
+# choose   grid B H T / 64; reads q, and the summaries from the L2 cache; 2 Dh n FLOPs a query, 2 %
+#          of dense attention's at N 64; what it takes is the search, about 60 instructions a score.
+# list     the same grid; reads and writes K ints a query.
+# Limits: B H T K < 2^31; K up to 64 or so, as more overflow the lanes and are sought by bisection.
+
+WORD = tl.constexpr(64)                                # queries that share a word
+LOWEST = tl.constexpr(-3e38)                           # the least score of a past block
+BOTTOM = tl.constexpr(-0x7f800001 * 2**31)             # -inf as the search has it
+
+
+@jit
+def dot_rows(x, y):
+    """The products (M, N) of rows x (M, BD) and rows y (N, BD)."""
+    return tl.dot(x, tl.trans(y), input_precision="ieee")
+
+
+@jit
+def minima(summaries, DH: tl.constexpr):
+    """Of summaries for minmax, the second half."""
+    return Rows(summaries.ptr + DH, summaries.b, summaries.h, summaries.t)
+
+
+@jit
+def score_blocks(q, summaries, b, h, block, own, last, MINMAX: tl.constexpr, DH: tl.constexpr,
+                 BD: tl.constexpr):
+    """Scores (BM, BN) of blocks (BN,) for q (BM, BD); -inf from the query's own block on. Blocks
+    before `last` are read. NaN counts as the least score.
+    """
+    high = load_rows(summaries, b, h, block, block < last, DH, BD)                      # (BN, BD)
+    if MINMAX:  # maxima, then minima
+        low = load_rows(minima(summaries, DH), b, h, block, block < last, DH, BD)
+        positive = tl.where(q > 0, q, 0).to(q.dtype)
+        negative = tl.where(q > 0, 0, q).to(q.dtype)
+        s = dot_rows(positive, high)
+        s += dot_rows(negative, low)                   # one product, begun from the other's sums
+    else:
+        s = dot_rows(q, high)
+    is_past = block[None, :] < own[:, None]
+    return tl.where(is_past, tl.maximum(s, LOWEST), -float("inf"))
+
+
+@jit
+def in_order(x):
+    """The bits of a float32 as an int32 of the same order, and back."""
+    return x ^ ((x >> 31) & 0x7fffffff)
+
+
+@jit
+def number_at(order):
+    """The float32 of a place in that order."""
+    return in_order(order).to(tl.float32, bitcast=True)
+
+
+@jit
+def population(x):
+    """How many bits of x (int64) are set. The compiler knows this idiom."""
+    x = x.to(tl.uint64, bitcast=True)
+    x = x - ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0f
+    return ((x * 0x0101010101010101) >> 56).to(tl.int32)
+
+
+@jit
+def choose_kernel(
+        q, summaries, chosen, words, counts,
+        H, T, start, n, K,
+        N: tl.constexpr, MINMAX: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+        BN: tl.constexpr, STAGES: tl.constexpr):
+    """q: Rows of (B, H, T, Dh), the first at position `start`; summaries: Rows of (B, H, >= n - 1,
+    Dh or 2 Dh).
+
+    chosen (B, H, T, K) int32: the blocks of a query, by index. words (B, H, n, cdiv(T, 64)) int64.
+    counts: their populations, int32; zeros before. """
+    bh, b, h, begin = query_block(H, T, WORD)
+    tiles = tl.cdiv(T, WORD)
+    row = tl.arange(0, WORD)
+    live = begin + row < T
+    own = (start + begin + row) // N
+    own = tl.where(live, own, -1)                      # beyond T: choose nothing
+    end = tl.max(own) + 1
+    want = tl.minimum(own + 1, K)
+    q_tile = load_rows(q, b, h, begin + row, live, DH, BD)
+    column = tl.arange(0, BN)
+
+    first = tl.full((WORD, BN), -float("inf"), tl.float32)             # of each lane, best first
+    second = first
+    third = first
+    fourth = first
+    for b0 in tl.range(0, end, BN, num_stages=STAGES):
+        block = b0 + column
+        s = score_blocks(q_tile, summaries, b, h, block, own, end - 1, MINMAX, DH, BD)
+        less = tl.minimum(first, s)
+        first = tl.maximum(first, s)
+        s = tl.minimum(second, less)
+        second = tl.maximum(second, less)
+        less = tl.minimum(third, s)
+        third = tl.maximum(third, s)
+        fourth = tl.maximum(fourth, less)
+    bar = tl.full((WORD,), float("inf"), tl.float32)   # K 1: no other
+    for _ in range(1, K):
+        bar = tl.max(first, 1)
+        best = first == bar[:, None]
+        first = tl.where(best, second, first)
+        second = tl.where(best, third, second)
+        third = tl.where(best, fourth, third)
+        fourth = tl.where(best, -float("inf"), fourth)
+    bar = tl.where(own < K, -float("inf"), bar)        # fewer than K: all of them
+    bar = tl.maximum(bar, 1.1 * LOWEST)
+
+    key = in_order(bar.to(tl.int32, bitcast=True))
+    key = key.to(tl.int64) << 31                       # (score, -index) in one
+    low = tl.full((WORD,), BOTTOM, tl.int64)
+    high = tl.full((WORD,), 2**62, tl.int64)
+    behind = column[None, :] - column[:, None]
+    before = tl.where(behind > 0, 1.0, 0.0)
+    before = tl.where(behind == 0, 256.0, before).to(tl.float16)
+    shift = (tl.arange(0, 4) * 16).to(tl.int64)
+    words += bh * n * tiles + begin // WORD
+    counts += bh * n * tiles + begin // WORD
+    chosen += (bh * T + begin) * K
+    searching = 1
+    while searching > 0:
+        bar = number_at((key >> 31).to(tl.int32))
+        until = 0x7fffffff - (key & 0x7fffffff).to(tl.int32)           # of blocks just at the bar
+        count = tl.zeros((WORD,), tl.int32)
+        for b0 in tl.range(0, end, BN, num_stages=STAGES):
+            block = b0 + column
+            s = score_blocks(q_tile, summaries, b, h, block, own, end - 1, MINMAX, DH, BD)
+            tied = (s == bar[:, None]) & (block[None, :] <= until[:, None])
+            is_own = block[None, :] == own[:, None]
+            take = (s > bar[:, None]) | is_own | tied
+            ones = tl.where(take, 1.0, 0.0)
+            sums = tl.dot(ones.to(tl.float16), before)
+            # Bits 0 to 7: how many are taken before it. Bit 8: is it taken? `+` would make 2^23 the
+            # product's first sum, and ptxas 12.8 drops products that begin from a constant.
+            sums = tl.fma(sums, 1.0, 2.0**23)
+            sums = sums.to(tl.int32, bitcast=True)
+            slot = count[:, None] + (sums & 0xff)
+            new = ((sums & 0x100) > 0) & (slot < K)
+            at = chosen + row[:, None] * K + slot
+            tl.store(at, tl.zeros_like(slot) + block[None, :], mask=new)
+            count += tl.sum(ones, 1).to(tl.int32)
+            bits = tl.where(take, (1 << row % 16)[:, None], 0)
+            bits = tl.sum(tl.reshape(bits, (4, 16, BN)), 1)
+            word = tl.sum(bits.to(tl.int64) << shift[:, None], 0)                       # (BN,)
+            at = block.to(tl.int64) * tiles
+            tl.store(words + at, word, mask=block < end)
+            tl.store(counts + at, population(word), mask=block < end)
+        low = tl.where(count > want, key, low)
+        high = tl.where(count < want, key, high)
+        middle = (low & high) + ((low ^ high) >> 1)    # rounded down, without overflow
+        open_ = (count != want) & (middle > low)
+        key = tl.where(open_, middle, key)
+        searching = tl.max(open_.to(tl.int32))
+        tl.debug_barrier()                             # other threads overwrite what is stored
+
+
+@jit
+def list_kernel(
+        chosen, words, ends, pairs,
+        H, T, start, n, capacity,
+        K: tl.constexpr, N: tl.constexpr, BK: tl.constexpr):
+    """pairs (capacity = B * H * T * K,) int32: query * K + slot of every choice, by head, block,
+    query. ends (B, H, n, cdiv(T, 64)) int32: where in pairs the queries of a word end.
+    """
+    bh, b, h, begin = query_block(H, T, WORD)
+    tiles = tl.cdiv(T, WORD)
+    row = tl.arange(0, WORD)[:, None]
+    slot = tl.arange(0, BK)[None, :]
+    i = begin + row
+    taken = tl.minimum((start + i) // N + 1, K)
+    live = (i < T) & (slot < taken)                                                     # (64, BK)
+    chosen += (bh * T + i) * K
+    block = tl.load(chosen + slot, mask=live, other=0)
+    live = live & (block >= 0) & (block < n)           # no wrong choice leads out of the lists
+    at = (bh * n + block) * tiles + begin // WORD
+    word = tl.load(words + at, mask=live, other=0)
+    word = word.to(tl.uint64, bitcast=True)
+    later = population(word >> row.to(tl.uint64))      # queries of the word from this one on
+    end = tl.load(ends + at, mask=live, other=0)
+    at = end - later
+    live = live & (at >= 0) & (at < capacity)
+    tl.store(pairs + at, i * K + slot, mask=live)
+
+
+# ---------------------------------------------------------------------------------------------
+# Top-k blocks: attention
+#
+#   blocks   part_j = softmax_p(q . k~_p / sqrt(Dh)) v~_p over the j-th chosen block of a query, and
+#            lse_j, its log2-sum-exp2
+#   join     y = sum_j 2^(lse_j - M) part_j / sum_j 2^(lse_j - M), and the granted keys: those that
+#            equation (4) allows outside the chosen blocks
+#
+# blocks: a program holds the keys of one block and goes through its list in tiles of BM pairs. Grid
+# B H n, heads slowest: the queries of a head, 4 MB at T 16384, stay in the L2 cache. 4 Dh N K FLOPs
+# a query. join: a program takes BM queries, and adds in one order, in float32. Granted keys are
+# lasting and near ones as in the attention kernel, unless the word of their block has the query's
+# bit; the own block's word has it too.
+#
+# T 16384, H 16, Dh 128, N 64, K 16, bf16: the parts are 1.07 GB, written and read: 0.72 ms at 3.0
+# TB/s; 137 GFLOP are 0.18 ms at 745 TFLOP/s, under the writing. T 65536: four times that.
+# Limits: as attention's; N of any size, padded to a power of 2 that is at least 16.
+
+@jit
+def key_block(H, n):
+    """(at, bh, b, h, block) of this program: the at-th of all B H n blocks and lists."""
+    at = tl.program_id(0).to(tl.int64)
+    bh = at // n
+    block = (at % n).to(tl.int32)
+    return at, bh, bh // H, bh % H, block
+
+
+@jit
+def block_list(ends, at, T):
+    """Where in pairs the at-th list begins and ends."""
+    tiles = tl.cdiv(T, WORD)
+    ends += at * tiles
+    first = tl.load(ends - 1, mask=at > 0, other=0)
+    return first, tl.load(ends + tiles - 1)
+
+
+@jit
+def load_pairs(pairs, first, last, T, K: tl.constexpr, BM: tl.constexpr):
+    """BM pairs of a list, from `first` on, and which of them there are."""
+    e = first + tl.arange(0, BM)
+    pair = tl.load(pairs + e, mask=e < last, other=-1)
+    return pair, (pair >= 0) & (pair < T * K)          # no wrong list leads out of the parts
+
+
+@jit
+def blocks_kernel(
+        q, k, v, part, part_lse, pairs, ends,
+        H, T, start, n, end, scale,
+        K: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+    """Program (bh, block). q: Rows of (B, H, T, Dh), the first at position `start`; k, v: Rows of
+    (B, H, end, Dh); part: Rows of (B, H, T * K, Dh); part_lse (B, H, T * K) float32.
+    """
+    at, bh, b, h, block = key_block(H, n)
+    p0 = block * N
+    p = p0 + tl.arange(0, BN)
+    stop = tl.minimum(p0 + N, end)
+    k_tile = load_rows(k, b, h, p, p < stop, DH, BD)                                    # (BN, BD)
+    v_tile = load_rows(v, b, h, p, p < stop, DH, BD)
+    part_lse += bh * T * K
+    first, last = block_list(ends, at, T)
+    for e0 in tl.range(first, last, BM, num_stages=STAGES):
+        pair, live = load_pairs(pairs, e0, last, T, K, BM)                              # (BM,)
+        i = pair // K
+        q_tile = load_rows(q, b, h, i, live, DH, BD)                                    # (BM, BD)
+        t = tl.minimum(start + i, stop - 1)
+        sees = p[None, :] <= t[:, None]
+        s = tl.where(sees, dot_rows(q_tile, k_tile), -float("inf"))                     # (BM, BN)
+        m = tl.max(s, 1) * scale                       # a number: the first key is seen by all
+        weight = tl.exp2(s * scale - m[:, None])
+        l = tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, input_precision="ieee")           # (BM, BD)
+        for more in range(BN, N, BN):  # the rest of a large block
+            here = p + more < stop
+            k_more = load_rows(k, b, h, p + more, here, DH, BD)
+            v_more = load_rows(v, b, h, p + more, here, DH, BD)
+            sees = (p + more)[None, :] <= t[:, None]
+            acc, l, m = add_keys(q_tile, k_more, v_more, sees, scale, acc, l, m)
+        acc *= (1 / l)[:, None]
+        store_rows(part, b, h, pair, acc, live, DH, BD)
+        tl.store(part_lse + pair, m + tl.log2(l), mask=live)
+
+
+@jit
+def granted_tiles(lasts, near, end, SPAN: tl.constexpr, BN: tl.constexpr):
+    """How many tiles of BN granted keys there are: `lasts` lasting ones, and all from position
+    `near` to `end`, if there is a window.
+    """
+    tiles = tl.cdiv(lasts, BN)
+    if SPAN.reach > 0:
+        tiles += tl.cdiv(end - near, BN)
+    return tiles
+
+
+@jit
+def granted_keys(tile, lasts, near, SPAN: tl.constexpr, BN: tl.constexpr):
+    """Positions (BN,) in such a tile, and how far behind its query each may lie."""
+    j = tile * BN + tl.arange(0, BN)
+    p = lasting(j, lasts, SPAN)
+    reach = p * 0 + FAR
+    if SPAN.reach > 0:
+        behind = j - tl.cdiv(lasts, BN) * BN
+        is_near = behind >= 0
+        p = tl.where(is_near, near + behind, p)
+        p = tl.where(is_near & is_lasting(p, SPAN), FAR, p)
+        reach = tl.where(is_near, SPAN.window, reach)
+    return p, reach
+
+
+@jit
+def load_words(words, T, p, i, last, N: tl.constexpr):
+    """The words (BN,) in which queries i to `last`, of one word, have or have not chosen the blocks
+    of keys p (BN,) of a head.
+    """
+    block = (p // N).to(tl.int64)
+    at = block * tl.cdiv(T, WORD) + i // WORD
+    return tl.load(words + at, mask=p <= last, other=0)
+
+
+@jit
+def sees_granted(word, i, t, p, reach):
+    """Do queries i, at positions t, see granted keys p, whose blocks' words are these? All four
+    broadcast.
+    """
+    chosen = (word >> (i % WORD).to(tl.int64)) & 1
+    is_near = t - p <= reach
+    return (chosen == 0) & (p < t) & is_near
+
+
+@jit
+def join_kernel(
+        q, k, v, y, part, part_lse, words, lse,
+        H, T, start, n, scale,
+        K: tl.constexpr, N: tl.constexpr, GRANTED: tl.constexpr, SPAN: tl.constexpr,
+        DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        STAGES: tl.constexpr):
+    """y: Rows of (B, H, T, Dh); lse (B, H, T) float32. The rest as above."""
+    bh, b, h, begin = query_block(H, T, BM)
+    i = begin + tl.arange(0, BM)
+    live = i < T
+    t = start + i
+    count = tl.minimum(t // N + 1, K)                  # of a query's parts
+    count = tl.where(live, count, 0)
+    part_lse += (bh * T + i) * K
+    words += bh * n * tl.cdiv(T, WORD)
+    m = tl.full((BM,), EMPTY, tl.float32)
+    for j in range(K):
+        part_m = tl.load(part_lse + j, mask=j < count, other=EMPTY)
+        m = tl.maximum(m, part_m)
+    l = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    for j in tl.range(K, num_stages=STAGES):
+        part_m = tl.load(part_lse + j, mask=j < count, other=-float("inf"))
+        weight = tl.exp2(part_m - m)
+        l += weight
+        place = i * K + j
+        row = load_rows(part, b, h, place, j < count, DH, BD)                           # (BM, BD)
+        acc += weight[:, None] * row.to(tl.float32)
+    if GRANTED:
+        q_tile = load_rows(q, b, h, i, live, DH, BD)
+        end = start + tl.minimum(begin + BM, T)
+        lasts = count_lasting(end, SPAN)
+        near = tl.maximum(start + begin - SPAN.reach, 0)
+        tiles = granted_tiles(lasts, near, end, SPAN, BN)
+        for tile in tl.range(tiles, num_stages=STAGES):
+            p, reach = granted_keys(tile, lasts, near, SPAN, BN)
+            k_tile = load_rows(k, b, h, p, p < end, DH, BD)                             # (BN, BD)
+            v_tile = load_rows(v, b, h, p, p < end, DH, BD)
+            word = load_words(words, T, p, begin, end - 1, N)
+            sees = sees_granted(word[None, :], i[:, None], t[:, None], p[None, :], reach[None, :])
+            acc, l, m = add_keys(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
+    store_rows(y, b, h, i, acc / l[:, None], live, DH, BD)
+    lse += bh * T
+    tl.store(lse + i, m + tl.log2(l), mask=live)
+
+
+# The backward pass, with P, dO and delta as in attention's. Three kernels:
+#
+#   queries   by BM queries: delta, and the granted keys' part of dQ
+#   blocks    by blocks, as in the forward pass: the pairs' parts of dQ, and dK and dV of the block
+#   granted   by granted keys, past all later queries: it adds to dK and dV
+#
+# Then the parts of dQ, K or K + 1 a query, are summed. Each row has one writer and each sum one
+# order: the same input gives the same gradient, to the bit.
+#
+# Bytes per query and head in bf16: 4 K Dh of q and dO from the L2 cache, 2 K Dh of dQ written and
+# read; FLOPs: 10 Dh N K. B 4, T 8192, H 16, Dh 128, N 64, K 16: 2.1 GB written and read, 1.4 ms at
+# 3.0 TB/s; 690 GFLOP, 0.9 ms at 745 TFLOP/s.
+
+@jit
+def topk_backward_q_kernel(
+        q, k, v, y, dy, part, words, lse, delta,
+        H, T, start, n, scale, factor,
+        K: tl.constexpr, N: tl.constexpr, GRANTED: tl.constexpr, SPAN: tl.constexpr,
+        DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        STAGES: tl.constexpr):
+    """delta (B, H, T) float32; GRANTED: also row K of each query in part, Rows of (B, H, T * (K +
+    1), Dh).
+    """
+    bh, b, h, begin = query_block(H, T, BM)
+    i = begin + tl.arange(0, BM)
+    live = i < T
+    t = start + i
+    dy_tile = load_rows(dy, b, h, i, live, DH, BD)                                      # (BM, BD)
+    y_tile = load_rows(y, b, h, i, live, DH, BD)
+    delta_t = tl.sum(dy_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
+    lse += bh * T
+    delta += bh * T
+    tl.store(delta + i, delta_t, mask=live)
+    words += bh * n * tl.cdiv(T, WORD)
+    if GRANTED:
+        lse_t = tl.load(lse + i, mask=live, other=float("inf"))
+        q_tile = load_rows(q, b, h, i, live, DH, BD)
+        end = start + tl.minimum(begin + BM, T)
+        lasts = count_lasting(end, SPAN)
+        near = tl.maximum(start + begin - SPAN.reach, 0)
+        acc = tl.zeros((BM, BD), tl.float32)
+        tiles = granted_tiles(lasts, near, end, SPAN, BN)
+        for tile in tl.range(tiles, num_stages=STAGES):
+            p, reach = granted_keys(tile, lasts, near, SPAN, BN)
+            k_tile = load_rows(k, b, h, p, p < end, DH, BD)
+            v_tile = load_rows(v, b, h, p, p < end, DH, BD)
+            word = load_words(words, T, p, begin, end - 1, N)
+            sees = sees_granted(word[None, :], i[:, None], t[:, None], p[None, :], reach[None, :])
+            acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
+        place = i * (K + 1) + K
+        store_rows(part, b, h, place, acc * factor, live, DH, BD)
+
+
+@jit
+def load_sums(lse, delta, i, live):
+    """lse and delta of queries i; an lse of inf makes the weights of the others 0."""
+    lse = tl.load(lse + i, mask=live, other=float("inf"))
+    return lse, tl.load(delta + i, mask=live, other=0)
+
+
+@jit
+def add_dkv(k, v, q, dy, sees, lse, delta, scale, dk, dv):
+    """ds (BN, BM), and dk, dv (BN, BD) of BM queries more, without the factor 1 / sqrt(Dh)."""
+    s = tl.where(sees, dot_rows(k, q), -float("inf"))
+    prob = tl.exp2(s * scale - lse[None, :])
+    dv = tl.dot(prob.to(dy.dtype), dy, dv, input_precision="ieee")
+    ds = prob * (dot_rows(v, dy) - delta[None, :])
+    ds = ds.to(q.dtype)
+    return ds, tl.dot(ds, q, dk, input_precision="ieee"), dv
+
+
+@jit
+def topk_backward_blocks_kernel(
+        q, k, v, dy, dk, dv, part, pairs, ends, lse, delta,
+        H, T, start, n, end, scale, factor,
+        K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+    """Program (bh, block): all its rows of dk, dv, and its pairs' rows of part, Rows of (B, H, T *
+    PARTS, Dh).
+    """
+    at, bh, b, h, block = key_block(H, n)
+    p0 = block * N
+    stop = tl.minimum(p0 + N, end)
+    first, last = block_list(ends, at, T)
+    lse += bh * T
+    delta += bh * T
+    for more in range(0, N, BN):
+        p = p0 + more + tl.arange(0, BN)
+        k_tile = load_rows(k, b, h, p, p < stop, DH, BD)                                # (BN, BD)
+        v_tile = load_rows(v, b, h, p, p < stop, DH, BD)
+        acc_k = tl.zeros((BN, BD), tl.float32)
+        acc_v = tl.zeros((BN, BD), tl.float32)
+        for e0 in tl.range(first, last, BM, num_stages=STAGES):
+            pair, live = load_pairs(pairs, e0, last, T, K, BM)                          # (BM,)
+            i = pair // K
+            t = tl.minimum(start + i, stop - 1)
+            q_tile = load_rows(q, b, h, i, live, DH, BD)                                # (BM, BD)
+            dy_tile = load_rows(dy, b, h, i, live, DH, BD)
+            lse_t, delta_t = load_sums(lse, delta, i, live)
+            sees = p[:, None] <= t[None, :]
+            ds, acc_k, acc_v = add_dkv(k_tile, v_tile, q_tile, dy_tile, sees, lse_t, delta_t,
+                                       scale, acc_k, acc_v)
+            row = i * PARTS + pair % K
+            dq = tl.dot(tl.trans(ds), k_tile, input_precision="ieee")
+            dq *= factor
+            if more > 0:  # add to what the block's keys before these gave
+                dq += load_rows(part, b, h, row, live, DH, BD)
+            store_rows(part, b, h, row, dq, live, DH, BD)
+        acc_k *= factor
+        store_rows(dk, b, h, p, acc_k, p < stop, DH, BD)
+        store_rows(dv, b, h, p, acc_v, p < stop, DH, BD)
+        tl.debug_barrier()                             # other threads read these rows of part
+
+
+@jit
+def topk_backward_granted_kernel(
+        q, k, v, dy, dk, dv, words, lse, delta,
+        H, T, start, n, end, keys, scale, factor,
+        LASTING: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr,
+        BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+    """Program (bh, tile of the lasting keys (LASTING) or of all others): it adds to dk and dv what
+    these get from queries that did not choose their block.
+    """
+    at, bh, b, h, tile = key_block(H, tl.cdiv(keys, BN))
+    j = tile * BN + tl.arange(0, BN)
+    lse += bh * T
+    delta += bh * T
+    words += bh * n * tl.cdiv(T, WORD)
+    if LASTING:
+        p = lasting(j, keys, SPAN)
+        reach = p * 0 + FAR
+        stop = end
+    else:
+        p = tl.where(is_lasting(j, SPAN), FAR, j)
+        reach = p * 0 + SPAN.window
+        stop = tl.minimum((tile + 1) * BN + SPAN.window, end)
+    k_tile = load_rows(k, b, h, p, p < end, DH, BD)                                     # (BN, BD)
+    v_tile = load_rows(v, b, h, p, p < end, DH, BD)
+    acc_k = tl.zeros((BN, BD), tl.float32)
+    acc_v = tl.zeros((BN, BD), tl.float32)
+    since = tl.maximum(tl.min(p) - start, 0)
+    since = since // WORD * WORD                       # where a word begins
+    for i0 in tl.range(since, stop - start, BM, num_stages=STAGES):
+        i = i0 + tl.arange(0, BM)                                                       # (BM,)
+        q_tile = load_rows(q, b, h, i, i < T, DH, BD)
+        dy_tile = load_rows(dy, b, h, i, i < T, DH, BD)
+        lse_t, delta_t = load_sums(lse, delta, i, i < T)
+        t = start + i
+        last = start + tl.minimum(i0 + BM, T) - 1
+        word = load_words(words, T, p, i0, last, N)
+        sees = sees_granted(word[:, None], i[None, :], t[None, :], p[:, None], reach[:, None])
+        _, acc_k, acc_v = add_dkv(k_tile, v_tile, q_tile, dy_tile, sees, lse_t, delta_t, scale,
+                                  acc_k, acc_v)
+    acc_k *= factor
+    acc_k += load_rows(dk, b, h, p, p < end, DH, BD)   # of the blocks kernel
+    acc_v += load_rows(dv, b, h, p, p < end, DH, BD)
+    store_rows(dk, b, h, p, acc_k, p < end, DH, BD)
+    store_rows(dv, b, h, p, acc_v, p < end, DH, BD)
+
+
+# Tiles for rows of up to 256 bytes, the fastest on an H100; wider ones take smaller tiles.
+TOPK_TILES = {
+    "choose": dict(BN=64, STAGES=3, num_warps=4),
+    "blocks": dict(BM=64, BN=64, STAGES=1, num_warps=4),
+    "join": dict(BM=16, BN=64, STAGES=3, num_warps=4),
+    "join granted": dict(BM=64, BN=32, STAGES=3, num_warps=4),
+    "backward q": dict(BM=64, BN=64, STAGES=2, num_warps=4),
+    "backward blocks": dict(BM=64, BN=64, STAGES=1, num_warps=4),
+    "backward granted": dict(BM=64, BN=32, STAGES=2, num_warps=4),
+}
+PARTS_BYTES = 2**31                                    # the most that the parts of one call take
+LEAST_QUERIES = 1024                                   # but no call is cut shorter
+
+
+def topk_constants(kind, q, block):
+    """Tiles of a kernel, and the constants that all share, for q (B, H, T, Dh)."""
+    tiles = dict(TOPK_TILES[kind])
+    Dh = q.shape[-1]
+    BD = max(16, triton.next_power_of_2(Dh))
+    row_bytes = BD * q.element_size()
+    if row_bytes > 1024:
+        raise ValueError(f"attention: a head of {Dh} channels in {q.dtype} is too wide, "
+                         "the limit is 1024 bytes")
+    if row_bytes > 256:
+        tiles = dict(WIDE[1024])
+        if kind == "choose":                           # it has no BM, as a word has 64 queries
+            del tiles["BM"]
+    if kind.endswith("blocks"):
+        tiles["BN"] = min(tiles["BN"], max(16, triton.next_power_of_2(block)))
+    return dict(N=block, DH=Dh, BD=BD, **tiles)
+
+
+def choose_blocks(q, summaries, end, block, topk):
+    """The choice of q (B, H, T, Dh), the last of `end` positions: words, pairs, ends, as above."""
+    B, H, T, Dh = q.shape
+    n = triton.cdiv(end, block)
+    tiles = triton.cdiv(T, 64)
+    ints = dict(dtype=torch.int32, device=q.device)
+    words = q.new_empty(B, H, n, tiles, dtype=torch.int64)
+    counts = torch.zeros(B, H, n, tiles, **ints)
+    chosen = torch.empty(B, H, T, topk, **ints)
+    pairs = torch.empty(chosen.numel(), **ints)
+    places = H, T, end - T, n
+    constants = topk_constants("choose", q, block)
+    minmax = summaries.shape[-1] == 2 * Dh
+    if minmax:
+        constants["STAGES"] = 1                        # two tiles take twice the shared memory
+    programs = B * H * tiles
+    launch(choose_kernel, programs, q, rows(q), rows(summaries), chosen, words, counts,
+           *places, topk, MINMAX=minmax, **constants)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+    launch(list_kernel, programs, q, chosen, words, ends, pairs, *places, pairs.numel(),
+           K=topk, N=block, BK=triton.next_power_of_2(topk))
+    return words, pairs, ends
+
+
+def attend_to_blocks(q, k, v, pairs, ends, block, topk):
+    """part (B, H, T * K, Dh) and part_lse (B, H, T * K) of the chosen pairs."""
+    B, H, T, Dh = q.shape
+    end = k.shape[2]
+    n = triton.cdiv(end, block)
+    part = q.new_empty(B, H, T * topk, Dh)
+    part_lse = q.new_empty(B, H, T * topk, dtype=torch.float32)
+    places = H, T, end - T, n, end
+    constants = topk_constants("blocks", q, block)
+    launch(blocks_kernel, B * H * n, q,
+           rows(q), rows(k), rows(v), rows(part), part_lse, pairs, ends,
+           *places, log2_scale(q), K=topk, **constants)
+    return part, part_lse
+
+
+def join_parts(q, k, v, part, part_lse, words, span, block, topk):
+    """y (B, H, T, Dh) and lse (B, H, T)."""
+    B, H, T, _ = q.shape
+    y = new_heads(q)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    granted = any(span)
+    constants = topk_constants("join granted" if granted else "join", q, block)
+    programs = triton.cdiv(T, constants["BM"]) * B * H
+    launch(join_kernel, programs, q,
+           rows(q), rows(k), rows(v), rows(y), rows(part), part_lse, words, lse,
+           H, T, k.shape[2] - T, words.shape[2], log2_scale(q),
+           K=topk, GRANTED=granted, SPAN=span, **constants)
+    return y, lse
+
+
+def run_topk(q, k, v, summaries, sizes):
+    """y and lse of the last T of k's positions, and their choice: words, pairs, ends. sizes:
+    dilation, window, sinks, block, topk.
+    """
+    *span, block, topk = sizes
+    inputs = q, k, v, summaries
+    q, k, v, summaries = (packed_channels(x) for x in inputs)
+    words, pairs, ends = choose_blocks(q, summaries, k.shape[2], block, topk)
+    parts = attend_to_blocks(q, k, v, pairs, ends, block, topk)
+    span = span_of(*span)
+    y, lse = join_parts(q, k, v, *parts, words, span, block, topk)
+    return y, lse, words, pairs, ends
+
+
+@torch.library.custom_op("rat::topk", mutates_args=())
+def topk_operator(
+        q: Tensor, k_rec: Tensor, v_rec: Tensor, summaries: Tensor, sizes: list[int]
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return run_topk(q, k_rec, v_rec, summaries, sizes)
+
+
+def new_topk(q, k_rec, v_rec, summaries, sizes):
+    """Empty outputs of run_topk."""
+    B, H, T, _ = q.shape
+    block, topk = sizes[3:]
+    n = -(-k_rec.shape[2] // block)
+    tiles = -(-T // 64)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    words = q.new_empty(B, H, n, tiles, dtype=torch.int64)
+    pairs = q.new_empty(lse.numel() * topk, dtype=torch.int32)
+    ends = q.new_empty(words.numel(), dtype=torch.int32)
+    return new_heads(q), lse, words, pairs, ends
+
+
+@torch.library.custom_op("rat::topk_backward", mutates_args=())
+def topk_backward(
+        dy: Tensor, q: Tensor, k_rec: Tensor, v_rec: Tensor, y: Tensor, lse: Tensor, words: Tensor,
+        pairs: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
+    """dq (B, H, T, Dh); dk_rec, dv_rec (B, H, end, Dh)."""
+    *span, block, topk = sizes
+    span = span_of(*span)
+    granted = any(span)
+    inputs = q, k_rec, v_rec, dy
+    q, k, v, dy = (packed_channels(x) for x in inputs)
+    B, H, T, Dh = q.shape
+    end = k.shape[2]
+    n = words.shape[2]
+    delta = torch.empty_like(lse)
+    dk = new_heads(k)
+    dv = new_heads(v)
+    part = q.new_empty(B, H, T, topk + granted, Dh)
+    start = end - T
+    part[:, :, :max(0, (topk - 1) * block - start)] = 0                # these have fewer blocks
+    part_rows = rows(part.flatten(2, 3))
+    places = H, T, start, n
+    scales = log2_scale(q), 1 / math.sqrt(Dh)
+    inputs = rows(q), rows(k), rows(v)
+    constants = topk_constants("backward q", q, block)
+    programs = triton.cdiv(T, constants["BM"]) * B * H
+    launch(topk_backward_q_kernel, programs, q,
+           *inputs, rows(y), rows(dy), part_rows, words, lse, delta, *places, *scales,
+           K=topk, GRANTED=granted, SPAN=span, **constants)
+    inputs = *inputs, rows(dy), rows(dk), rows(dv)
+    constants = topk_constants("backward blocks", q, block)
+    launch(topk_backward_blocks_kernel, B * H * n, q,
+           *inputs, part_rows, pairs, ends, lse, delta, *places, end, *scales,
+           K=topk, PARTS=topk + granted, **constants)
+    constants = topk_constants("backward granted", q, block)
+    lasts = sum(count_lasting_host(end, span))
+    nears = end if span.window else 0
+    for keys, are_lasting in ((lasts, True), (nears, False)):
+        programs = triton.cdiv(keys, constants["BN"]) * B * H
+        if keys > 0:
+            launch(topk_backward_granted_kernel, programs, q,
+                   *inputs, words, lse, delta, *places, end, keys, *scales,
+                   LASTING=are_lasting, SPAN=span, **constants)
+    return [part.sum(3), dk, dv]
+
+
+def keep_topk(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.sizes = inputs[4]
+
+
+def topk_gradient(ctx, dy, *_):
+    return *topk_backward(dy, *ctx.saved_tensors, ctx.sizes), None, None
+
+
+topk_operator.register_fake(new_topk)
+topk_operator.register_autograd(topk_gradient, setup_context=keep_topk)
+topk_backward.register_fake(
+    lambda dy, q, k, v, *rest: [q.new_empty(q.shape), new_heads(k), new_heads(v)])
+
+
+def attention_topk(q, k_rec, v_rec, rule, summaries):
+    """model.attention_topk by the kernels: of the last T of n positions, a whole sequence's or a
+    chunk's.
+
+    q: (B, h, T, Dh); k_rec, v_rec: (B, h, n, Dh); summaries: (B, h, m, Dh), or (B, h, m, 2 Dh) for
+    minmax, at least of all whole blocks before the last position. One dtype, any strides. rule:
+    model.Rule. Returns (B, h, T, Dh), differentiable in q, k_rec, v_rec. ValueError for what does
+    not match.
+    """
+    q, k_rec, v_rec, summaries = in_autocast_dtype(q, k_rec, v_rec, summaries)
+    require_alike("attention_topk", k_rec=k_rec, v_rec=v_rec)
+    B, h, T, Dh = q.shape
+    n = k_rec.shape[2]
+    fits = k_rec.shape == (B, h, n, Dh) and n >= T
+    if not fits or not q.dtype == k_rec.dtype == summaries.dtype:
+        raise ValueError(f"attention_topk: q {described(q)} and summaries {described(summaries)} "
+                         f"do not fit keys {described(k_rec)}")
+    block = min(rule.block, n)
+    topk = min(rule.topk, triton.cdiv(n, block))
+    window = min(rule.window, n)
+    sizes = [rule.dilation, window, min(rule.sinks, n), block, topk]
+    run = topk_operator if recorded(q, k_rec, v_rec) else run_topk
+    query_bytes = B * h * topk * Dh * q.element_size()
+    queries = max(LEAST_QUERIES, PARTS_BYTES // query_bytes // 64 * 64)
+    y = []
+    for begin in range(0, T, queries):
+        stop = min(begin + queries, T)
+        end = n - T + stop
+        keys = k_rec[:, :, :end], v_rec[:, :, :end]
+        y.append(run(q[:, :, begin:stop], *keys, summaries, sizes)[0])
+    if len(y) == 1:
+        return y[0]
+    return torch.cat(y, dim=2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Top-k blocks: decoding, three launches per head group
+#
+#   choose    grid (B h,)           reads the summaries, writes K ints
+#   attend    grid (B h, splits)    reads the chosen blocks, and the granted keys besides
+#   combine   grid (B h,)           `decode`'s own
+#
+# The cache holds every position in its place. A summary is written at the first step after its
+# block is full, which is the first that scores it. Bytes per head and sequence in bf16 at T 16384,
+# N 64, K 16: 64 KB of summaries, 512 KB of keys and values, where all keys and values are 8 MB. 44
+# sequences of 16 heads: 0.41 GB, 0.14 ms a layer at 3.0 TB/s.
+#
+# choose keeps the scores in memory between its two halves, as it is compiled for the longest
+# sequence but scores only the blocks so far. Limit: 2^16 blocks or so.
+
+@jit
+def write_summary(summaries, k_cache, b, h, block, SCORE: tl.constexpr, N: tl.constexpr,
+                  BR: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr):
+    """The summary of a full block; see model.block_summaries. `last` has none."""
+    r = tl.arange(0, BR)
+    d = tl.arange(0, BD)
+    keys = load_rows(k_cache, b, h, block * N + r, r < N, DH, BD)                       # (BR, BD)
+    keys = keys.to(tl.float32)
+    at = head(summaries, b, h) + block.to(tl.int64) * summaries.t + d
+    kind = summaries.ptr.dtype.element_ty
+    if SCORE == "mean":
+        mean = tl.sum(keys, 0) / N
+        tl.store(at, mean.to(kind), mask=d < DH)
+    if SCORE == "minmax":
+        is_key = r[:, None] < N
+        most = tl.max(tl.where(is_key, keys, -float("inf")), 0)
+        least = tl.min(tl.where(is_key, keys, float("inf")), 0)
+        tl.store(at, most.to(kind), mask=d < DH)
+        tl.store(at + DH, least.to(kind), mask=d < DH)
+
+
+@jit
+def decode_choose_kernel(
+        q, cos, sin, k_cache, summaries, seen, scores, chosen,
+        H, n,
+        K: tl.constexpr, N: tl.constexpr, SCORE: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+        BN: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+        STAGES: tl.constexpr):
+    """Program (bh): chosen (B * H, K) int32, the own block, then the best. scores (B * H, n)
+    float32: scratch. The query is rounded, as in a whole sequence.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    t = tl.load(seen).to(tl.int32)
+    own = t // N
+    if (t % N == 0) & (own > 0):
+        write_summary(summaries, k_cache, b, h, own - 1, SCORE, N, BR, DH, BD)
+        tl.debug_barrier()                             # other threads read it
+    d = tl.arange(0, BD)
+    cos_d, sin_d = load_turn(cos, sin, d, DH)
+    q_row = load_query(q, b, h, cos_d, sin_d, d, 1.0, DH)                               # (BD,)
+    q_row = q_row.to(q.ptr.dtype.element_ty).to(tl.float32)
+    scores += bh * n
+    low = minima(summaries, DH)
+    for b0 in tl.range(0, own, BN, num_stages=STAGES):
+        block = b0 + tl.arange(0, BN)
+        keys = load_rows(summaries, b, h, block, block < own, DH, BD)                   # (BN, BD)
+        if SCORE == "minmax":
+            least = load_rows(low, b, h, block, block < own, DH, BD)
+            keys = tl.where(q_row[None, :] > 0, keys, least)
+        s = tl.sum(q_row[None, :] * keys.to(tl.float32), 1)
+        tl.store(scores + block, s, mask=block < own)
+    tl.debug_barrier()                                 # other threads read them
+    block = tl.arange(0, BS)
+    s = tl.load(scores + block, mask=block < own, other=-float("inf"))                  # (BS,)
+    s = tl.where(block < own, tl.maximum(s, LOWEST), s)                # NaN: the least score
+    key = in_order(s.to(tl.int32, bitcast=True))
+    key = key.to(tl.int64) << 31
+    best = tl.topk(key + (0x7fffffff - block), BK)     # of equal scores the lower index
+    slot = tl.arange(0, BK)
+    chosen += bh * K
+    tl.store(chosen, own)
+    best = 0x7fffffff - (best & 0x7fffffff).to(tl.int32)                                # (BK,)
+    others = tl.minimum(own, K - 1)
+    tl.store(chosen + 1 + slot, best, mask=slot < others)
+
+
+@jit
+def decode_blocks_kernel(
+        q, cos, sin, k_cache, v_cache, seen, partial,
+        H, scale, chosen,
+        K: tl.constexpr, N: tl.constexpr, GRANTED: tl.constexpr, SPAN: tl.constexpr,
+        DH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        STAGES: tl.constexpr):
+    """Program (bh, split): as decode_attend_kernel, over tiles of the chosen blocks, then over
+    tiles of granted keys. Granted keys in a chosen block are not loaded again.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    b = bh // H
+    h = bh % H
+    t = tl.load(seen).to(tl.int32)
+    d = tl.arange(0, BD)
+    slot = tl.arange(0, BK)
+    cos_d, sin_d = load_turn(cos, sin, d, DH)
+    q_row = load_query(q, b, h, cos_d, sin_d, d, scale, DH)                             # (BD,)
+    chosen += bh * K
+    taken = tl.minimum(t // N + 1, K)
+    blocks = tl.load(chosen + slot, mask=slot < taken, other=-1)                        # (BK,)
+    lasts = count_lasting(t, SPAN)
+    near = tl.maximum(t - SPAN.reach, 0)
+    chosen_tiles = tl.cdiv(taken * N, BN)
+    tiles = chosen_tiles + granted_tiles(lasts, near, t, SPAN, BN)
+    m = tl.full((BN,), EMPTY, tl.float32)
+    l = tl.zeros((BN,), tl.float32)
+    acc = tl.zeros((BN, BD), tl.float32)
+    first = tiles * split // splits
+    end = tiles * (split + 1) // splits
+    for tile in tl.range(first, end, num_stages=STAGES):
+        n = tile * BN + tl.arange(0, BN)
+        in_blocks = n < taken * N
+        block = tl.load(chosen + n // N, mask=in_blocks, other=0)
+        p = block * N + n % N                                                           # (BN,)
+        here = in_blocks & (p < t)
+        if GRANTED:
+            granted, _ = granted_keys(tile - chosen_tiles, lasts, near, SPAN, BN)
+            same = (granted // N)[:, None] == blocks[None, :]
+            times = tl.sum(same.to(tl.int32), 1)       # how often its block is chosen: 0 or 1
+            is_granted = tile >= chosen_tiles
+            p = tl.where(is_granted, granted, p)
+            here = tl.where(is_granted, (granted < t) & (times == 0), here)
+        k = load_rows(k_cache, b, h, p, here, DH, BD)                                   # (BN, BD)
+        v = load_rows(v_cache, b, h, p, here, DH, BD)
+        s = tl.sum(q_row[None, :] * k.to(tl.float32), 1)
+        s = tl.where(here, s, -float("inf"))
+        top = tl.maximum(m, s)
+        fade = tl.exp2(m - top)
+        weight = tl.exp2(s - top)
+        l = l * fade + weight
+        acc = acc * fade[:, None] + weight[:, None] * v.to(tl.float32)
+        m = top
+    top = tl.max(m, 0)
+    weight = tl.exp2(m - top)
+    partial += (bh * splits + split) * (DH + 2)
+    acc = tl.sum(weight[:, None] * acc, 0)
+    tl.store(partial + d, acc, mask=d < DH)
+    tl.store(partial + DH, top)
+    tl.store(partial + DH + 1, tl.sum(weight * l, 0))
+
+
+DECODE_TILES = {                                       # for 128 channels: the fastest on an H100
+    "choose": dict(BN=64, STAGES=2, num_warps=4),
+    "attend": dict(BN=32, STAGES=3, num_warps=4),
+}
+
+
+def decode_tiles(kind, BD):
+    tiles = dict(DECODE_TILES[kind])
+    if BD > 128:
+        tiles["BN"] = max(16, tiles["BN"] * 128 // BD)
+    return tiles
+
+
+def decode_topk(token, cache, rope, seen, splits=None):
+    """`decode` for a model.TopkCache: as there, and cache.summaries are renewed."""
+    require_token(token, cache)
+    o, q, k, v, g = token
+    rule = cache.rule
+    B, h, slots, Dh = cache.k.shape
+    n = slots // rule.block
+    K = min(rule.topk, n)
+    y = q.new_empty(B, h, Dh)
+    state = cache.state if g is not None else (k, v)   # a placeholder without g, not read
+    BD = triton.next_power_of_2(Dh)
+    chosen = q.new_empty(B * h, K, dtype=torch.int32)
+    scores = q.new_empty(B * h, n, dtype=torch.float32)
+    constants = dict(DH=Dh, BD=BD)
+    BK = triton.next_power_of_2(K)
+    blocks = dict(K=K, N=rule.block, BK=BK, **constants)
+    launch(decode_choose_kernel, B * h, q, token_rows(q), *rope, rows(cache.k),
+           rows(cache.summaries), seen, scores, chosen, h, n, SCORE=rule.score,
+           BS=max(16, triton.next_power_of_2(n)),
+           BR=triton.next_power_of_2(rule.block), **blocks, **decode_tiles("choose", BD))
+    tiles = decode_tiles("attend", BD)
+    keys = K * rule.block + rule.window + rule.sinks
+    if rule.dilation:
+        keys += slots // rule.dilation
+    splits = splits or split_count(B * h, keys, tiles["BN"], q.device)
+    partial = q.new_empty(B * h, splits, Dh + 2, dtype=torch.float32)
+    cached = rows(cache.k), rows(cache.v)
+    shared = *rope, *cached, seen, partial, h, log2_scale(q)
+    span = span_of(*rule.span)
+    launch(decode_blocks_kernel, (B * h, splits), q, token_rows(q), *shared, chosen,
+           GRANTED=any(rule.span), SPAN=span, **blocks, **tiles)
+    gate = k if g is None else g
+    heads = [token_rows(x) for x in (y, o, q, k, v, gate, *state)]
+    BS = triton.next_power_of_2(splits)
+    launch(decode_combine_kernel, B * h, q, *heads, *shared, splits,
+           RECURRENCE=g is not None, BS=BS, SPAN=span_of(1, 0, 0), num_warps=4, **constants)
     return y
 
 
@@ -1328,9 +2310,6 @@ def decode(token, cache, rope, seen, splits=None):
 # 32 warps, which leaves room for two a processor, and the hints of eviction keep in the cache what
 # is read again. H100, 8192 rows: 0.82 ms with 8 warps and without hints, 0.66 so (2.5 TB/s). A row
 # held in registers would be read once, but it does not fit (46 spilled, 1.2 ms).
-
-LOG2E = tl.constexpr(math.log2(math.e))
-
 
 @jit
 def cross_entropy_kernel(z, y, loss, V, BV: tl.constexpr, GRAD: tl.constexpr):

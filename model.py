@@ -361,10 +361,10 @@ class Rule:
             return attention(q, k_rec, v_rec, *self.span)
         T = q.shape[2]
         rule = self.within(T)
-        if on_kernels(q):
-            return kernels.attention_topk(q, k_rec, v_rec, rule)
         padded = F.pad(k_rec.detach(), (0, 0, 0, -T % rule.block))
         summaries = block_summaries(padded, rule.block, rule.score)
+        if on_kernels(q):
+            return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
         return attention_topk(q, k_rec, v_rec, summaries, torch.arange(T, device=q.device), rule)
 
     def count_keys(self, t):
@@ -443,8 +443,8 @@ class Mixing(nn.Module):
 
     def split_heads(self, x):
         """(B, T, H * Dh) -> (B, H, T, Dh)"""
-        B, T, _ = x.shape
-        return x.view(B, T, -1, self.head_width).transpose(1, 2)
+        B, T, channels = x.shape
+        return x.view(B, T, channels // self.head_width, self.head_width).transpose(1, 2)
 
     def forward(self, x, rope, groups, state=None, start=0):
         """A sequence, all positions at once: x (B, T, C) -> (B, T, C).
@@ -474,7 +474,8 @@ class Mixing(nn.Module):
         rope: cos and sin of the token's position. seen: (1,) int64 on the device, that position.
         """
         parts = self.in_proj(self.norm(x))                                  # (1)
-        token = parts.map(lambda z: z.unflatten(-1, (-1, self.head_width)))     # (B, H, Dh)
+        heads = lambda z: z.unflatten(-1, (z.shape[-1] // self.head_width, self.head_width))
+        token = parts.map(heads)                                            # (B, H, Dh)
         y = join_heads([group.step(token, rope, seen) for group in groups])     # (2) to (5)
         return self.out_proj(y.flatten(1))                                  # (5)
 
@@ -672,7 +673,8 @@ class GroupCache:
         """
         token = token.map(lambda z: z[:, self.heads])
         if on_kernels(token.q):
-            return kernels.decode(token, self, rope, seen)
+            run = kernels.decode_topk if self.rule.topk else kernels.decode
+            return run(token, self, rope, seen)
         k, v = self.recur(token)                                            # (2)
         q = rotate(token.q[:, :, None], *rope)                              # (B, heads, 1, Dh)
         k = rotate(k[:, :, None], *rope)
@@ -716,11 +718,15 @@ class TopkCache(GroupCache):
         return super().bytes_read(t) + blocks * self.summaries[:, :, :1].nbytes
 
     def summarise(self, first, end):
-        """Renew the summaries of the blocks that hold positions first to end - 1."""
+        """Renew the summaries of the blocks that hold positions first - 1 to end - 1.
+
+        The kernels write a block's summary only at the step after it is full: hence first - 1.
+        """
         if self.rule.score == "last":
             return
         block = self.rule.block
-        begin, stop = first // block, -(-end // block)
+        begin = max(first - 1, 0) // block
+        stop = -(-end // block)
         keys = self.k[:, :, begin * block:stop * block]
         self.summaries[:, :, begin:stop] = block_summaries(keys, block, self.rule.score)
 
@@ -774,7 +780,8 @@ class Cache:
         for i in range(config.n_layer):
             state = weight.new_zeros(2, batch, config.state_width, dtype=exact)
             self.state.append(state)
-            state = state.unflatten(-1, (-1, config.head_width))            # (2, B, H, Dh)
+            H = config.state_width // config.head_width
+            state = state.unflatten(-1, (H, config.head_width))             # (2, B, H, Dh)
             like = weight.new_empty(0, config.head_width, dtype=dtype)
             groups = pattern.groups(i, config.n_head)
             self.groups.append([self.new_group(group, like, state) for group in groups])
