@@ -2545,12 +2545,66 @@ def time_attention(B, H, T, Dh, name, span):
     yield Timing(f"{work}, forward + backward", both, 24 * n, 14 * flops, peers, None)
 
 
+class TimedRule(NamedTuple):
+    """What top-k attention asks of a model.Rule."""
+    block: int
+    topk: int
+    dilation: int = 0
+    window: int = 0
+    sinks: int = 0
+    score: str = "mean"
+
+    @property
+    def span(self):
+        return self.dilation, self.window, self.sinks
+
+
+def flex_topk(q, summaries, rule, T):
+    """PyTorch's flex_attention, compiled, under a mask made from the same choice of blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    torch._dynamo.reset()
+    n = summaries.shape[2]
+    b = torch.arange(n, device="cuda")
+    own = torch.arange(T, device="cuda")[:, None] // rule.block
+    scores = q.float() @ summaries.float().mT
+    scores = scores.masked_fill(b == own, math.inf).masked_fill(b > own, -math.inf)
+    best = scores.topk(rule.topk).indices
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+
+    def mask(b, h, t, p):
+        granted = (p + 1) % rule.dilation == 0 if rule.dilation else p < 0
+        return (p <= t) & (chosen[b, h, t, p // rule.block] | granted)
+
+    block_mask = create_block_mask(mask, q.shape[0], q.shape[1], T, T, "cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
+
+
+def time_topk(B, H, T, Dh, name, rule):
+    """Attention over top-k blocks; the choice is part of ours, and no part of flex_attention."""
+    qkv = [randn(B, T, H, Dh).transpose(1, 2) for _ in range(3)]
+    summaries = qkv[1].unflatten(2, (-1, rule.block)).mean(3)
+    work = f"attention {name}, B{B} H{H} T{T} Dh{Dh}"
+    n = B * H * T * Dh
+    keys = rule.topk * rule.block + (T / 2 / rule.dilation if rule.dilation else 0)
+    masked = flex_topk(qkv[0], summaries, rule, T)
+    ways = {"dense SDPA": dense, "flex_attention": masked}
+    ours = lambda q, k, v: attention_topk(q, k, v, rule, summaries)
+    peers = {"dense SDPA": lambda: dense(*qkv), "flex_attention": lambda: masked(*qkv)}
+    yield Timing(work, lambda: ours(*qkv), 8 * n, 4 * n * keys, peers, "flex_attention")
+    both = with_gradients(ours, qkv)
+    peers = {way: with_gradients(run, qkv) for way, run in ways.items()}
+    yield Timing(f"{work}, forward + backward", both, 24 * n, 14 * n * keys, peers, None)
+
+
 class TimedCache(NamedTuple):
-    """What `decode` asks of a model.GroupCache and its layout."""
+    """What `decode` and `decode_topk` ask of a model.GroupCache and its layout."""
     k: Tensor
     v: Tensor
     state: Tensor
     span: tuple
+    rule: TimedRule | None = None
+    summaries: Tensor | None = None
 
     @property
     def layout(self):
@@ -2573,6 +2627,25 @@ def time_decode(B, T, name, span, H=16, Dh=128):
                  2 * cache.k.nbytes, 0, {"SDPA of one query": one}, None)
 
 
+def time_decode_topk(B, T, name, rule, H=16, Dh=128):
+    """One step with top-k blocks at position T - 1, beside attention over all positions."""
+    k = randn(B, H, T, Dh)
+    v = randn(B, H, T, Dh)
+    state = randn(2, B, H, Dh, dtype=torch.float32)
+    summaries = randn(B, H, T // rule.block, Dh)
+    cache = TimedCache(k, v, state, (1, 0, 0), rule, summaries)
+    token = randn(B, 5, H, Dh).unbind(1)
+    rope = randn(2, 1, Dh // 2, dtype=torch.float32)
+    seen = torch.tensor([T - 1], device="cuda")
+    dense = lambda: F.scaled_dot_product_attention(token[1][:, :, None], k, v)
+    keys = rule.topk * rule.block + (T // rule.dilation if rule.dilation else 0)
+    n_bytes = 4 * B * H * Dh * keys + summaries.nbytes
+    yield Timing(f"decode {name}, B{B} H{H} T{T} Dh{Dh}",
+                 lambda: decode_topk(token, cache, rope, seen), n_bytes, 0,
+                 {"SDPA of one query": dense}, None)
+
+
+RULES = {"N64K16": TimedRule(64, 16), "D64N64K8": TimedRule(64, 8, 64)}
 SPANS = {
     "D1": (1, 0, 0),
     "D16": (16, 0, 0),
@@ -2590,6 +2663,11 @@ def timings(quick):
     for shape in ((4, 16, 8192, 128), (8, 12, 4096, 64))[::every]:
         for name in ("D16", "D64", "D16W256S4", "W1024S4")[::every]:
             yield from time_attention(*shape, name, SPANS[name])
+    for shape in ((4, 16, 8192, 128), (1, 16, 16384, 128))[::every]:
+        for name, rule in RULES.items():
+            yield from time_topk(*shape, name, rule)
+    for name, rule in RULES.items():
+        yield from time_decode_topk(44, 16384, name, rule)
     for B, T in ((128, 4096), (64, 16384))[::every]:
         for name in ("D1", "D16", "D64", "D16W256S4")[::every]:
             yield from time_decode(B, T, name, SPANS[name])
@@ -2609,21 +2687,27 @@ def limits():
     return bandwidth, rate
 
 
+def relative_error(ours, theirs):
+    """Of the first output, as text."""
+    found = as_tuple(ours)[0].float()
+    want = as_tuple(theirs)[0].float()
+    return f"{((found - want).norm() / want.norm()).item():.0e}"
+
+
 def row(timing, bandwidth, rate):
     """A line of the table."""
     ms = milliseconds(timing.ours)
     limit = max(timing.n_bytes / bandwidth, timing.flops / rate)
+    error = ""
     told = []
     for name, run in timing.peers.items():
         found = attempt(run)
-        if not isinstance(found, str):
-            found = f"{found:.3f} ({found / ms:.2f})"
-        told.append(f"{name} {found}")
-    error = ""
-    if timing.check:
-        found = as_tuple(timing.ours())[0].float()
-        want = as_tuple(timing.peers[timing.check]())[0].float()
-        error = f"{((found - want).norm() / want.norm()).item():.0e}"
+        if isinstance(found, str):
+            told.append(f"{name} {found}")
+            continue
+        told.append(f"{name} {found:.3f} ({found / ms:.2f})")
+        if name == timing.check:
+            error = relative_error(timing.ours(), run())
     cells = timing.work, f"{ms:.3f}", f"{limit:.3f}", f"{limit / ms:.0%}", error, ", ".join(told)
     return f"| {' | '.join(cells)} |"
 
