@@ -1134,8 +1134,9 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         V = probs.shape[-1]
         probs, tokens = probs.topk(min(top_k or V, V))                 # the likeliest first
     if top_p is not None:
-        likelier = probs.cumsum(-1) - probs            # the probability of all likelier tokens
-        probs = probs.masked_fill(likelier >= top_p * probs.sum(-1, keepdim=True), 0)
+        mass = (probs.double() * 2**52).long()         # integers: their running sum repeats on a GPU
+        likelier = mass.cumsum(-1) - mass              # the mass of all likelier tokens
+        probs = probs.masked_fill(likelier >= top_p * mass.sum(-1, keepdim=True), 0)
     # With e_i drawn from an exponential, the largest p_i / e_i lies at i with probability p_i.
     # Unlike multinomial this never makes the host wait.
     e = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-10)
