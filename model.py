@@ -345,6 +345,11 @@ class Rule:
         """The sizes that `allowed` and `attention` take, in their order."""
         return self.dilation, self.window, self.sinks
 
+    @property
+    def reach(self):
+        """The largest t - p of a key that a query sees and that is no sink and not on the grid."""
+        return self.window
+
     def allowed(self, t, p):
         return allowed(t, p, *self.span)
 
@@ -541,28 +546,30 @@ class Layout:
         if rule.dilation == 1 or rule.topk:            # every position is on the grid, in order
             self.rule = Rule(dilation=1)
         self.span = self.rule.span
+        self.ring = self.rule.reach
+        self.before_grid = self.rule.sinks + self.ring
         grid = max_len // self.rule.dilation if self.rule.dilation else 0
-        self.slots = self.rule.sinks + self.rule.window + grid
+        self.slots = self.before_grid + grid
 
     def slot_of(self, p):
         """The slot of each position p, an int64 tensor, as far as it is kept."""
-        dilation, window, sinks = self.span
-        slot = torch.where(p < sinks, p, sinks + p % max(window, 1))
-        in_grid = sinks + window + p // max(dilation, 1)
+        dilation = self.rule.dilation
+        sinks = self.rule.sinks
+        slot = torch.where(p < sinks, p, sinks + p % max(self.ring, 1))
+        in_grid = self.before_grid + p // max(dilation, 1)
         return torch.where(on_grid(p, dilation), in_grid, slot)
 
     def positions(self, seen):
         """The position in each slot after `seen` tokens, int64 (slots,); FUTURE in an empty slot.
         seen: int64 (1,).
         """
-        dilation, window, sinks = self.span
         slot = torch.arange(self.slots, device=seen.device)
-        in_ring = slot - sinks
-        in_grid = in_ring - window
+        in_ring = slot - self.rule.sinks
+        in_grid = slot - self.before_grid
         last = seen - 1
-        latest = last - (last - in_ring) % max(window, 1)    # the last p whose ring slot this is
-        p = torch.where(in_grid < 0, latest, (in_grid + 1) * dilation - 1)
-        p = torch.where(slot < sinks, slot, p)
+        latest = last - (last - in_ring) % max(self.ring, 1)    # the last p whose ring slot this is
+        p = torch.where(in_grid < 0, latest, (in_grid + 1) * self.rule.dilation - 1)
+        p = torch.where(in_ring < 0, slot, p)
         empty = (p < 0) | (p > last) | (self.slot_of(p) != slot)
         return p.masked_fill(empty, FUTURE)
 
@@ -616,11 +623,10 @@ class GroupCache:
         self.v.index_copy_(2, slots, v_rec.index_select(2, p - start))
 
     def with_window(self, k_rec, v_rec, start):
-        """k_rec and v_rec with the keys and values of the window before `start` in front, in order
-        of position.
+        """k_rec and v_rec with the keys and values before `start` that are within reach in front,
+        in order of position.
         """
-        window = self.layout.rule.window
-        p = torch.arange(max(start - window, 0), start)
+        p = torch.arange(max(start - self.layout.ring, 0), start)
         slots = self.layout.slot_of(p).to(self.k.device)
         k = torch.cat((self.k.index_select(2, slots), k_rec), dim=2)
         v = torch.cat((self.v.index_select(2, slots), v_rec), dim=2)
@@ -1134,7 +1140,7 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         V = probs.shape[-1]
         probs, tokens = probs.topk(min(top_k or V, V))                 # the likeliest first
     if top_p is not None:
-        mass = (probs.double() * 2**52).long()         # integers: their running sum repeats on a GPU
+        mass = (probs.double() * 2**52).long()         # integers: the sum repeats on a GPU
         likelier = mass.cumsum(-1) - mass              # the mass of all likelier tokens
         probs = probs.masked_fill(likelier >= top_p * mass.sum(-1, keepdim=True), 0)
     # With e_i drawn from an exponential, the largest p_i / e_i lies at i with probability p_i.

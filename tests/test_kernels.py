@@ -126,9 +126,9 @@ def test_cross_entropy(V, dtype):
     exact = z.double().requires_grad_()
     expected = F.cross_entropy(exact, y, reduction="none")
     before = z.clone()
-    assert_same("loss", kernels.cross_entropy_(z, y, grad=False), expected)
+    assert_same("loss", kernels.cross_entropy_(z, y, grad=False), expected, floor=1e-1)
     assert z.equal(before)
-    assert_same("loss", kernels.cross_entropy_(z, y, grad=True), expected)
+    assert_same("loss", kernels.cross_entropy_(z, y, grad=True), expected, floor=1e-1)
     expected.sum().backward()
     assert_same("dz", z, exact.grad, LIMITS[dtype], floor=1e-3)
 
