@@ -405,7 +405,15 @@ class Group:
 
         start is 0. A GroupCache has the same method for chunks that start later.
         """
-        return self.rule.attend(q[:, self.heads], k_rec[:, self.heads], v_rec[:, self.heads])
+        return self.rule.attend(*self.pick(q, k_rec, v_rec))
+
+    def pick(self, q, k_rec, v_rec):
+        """This group's heads of queries, keys and values (B, H, ..) of all heads."""
+        return q[:, self.heads], k_rec[:, self.heads], v_rec[:, self.heads]
+
+    def pick_token(self, token):
+        """This group's heads of one token's o, q, k, v, g, (B, H, Dh) each."""
+        return token.map(lambda z: z[:, self.heads])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -588,8 +596,8 @@ class GroupCache:
         """
 
     def __init__(self, group, layout, like, batch, state):
+        self.group = group
         self.rule = group.rule
-        self.heads = group.heads
         self.layout = layout
         self.state = state
         shape = batch, group.n_heads, layout.slots, like.shape[-1]
@@ -638,7 +646,7 @@ class GroupCache:
 
         q, k_rec, v_rec: (B, H, T, Dh), after RoPE, of all heads. Returns (B, heads, T, Dh).
         """
-        q, k_rec, v_rec = q[:, self.heads], k_rec[:, self.heads], v_rec[:, self.heads]
+        q, k_rec, v_rec = self.group.pick(q, k_rec, v_rec)
         T = q.shape[2]
         if start == 0:
             self.store(k_rec, v_rec, start)
@@ -677,7 +685,7 @@ class GroupCache:
 
         token: o, q, k, v, g of all heads, (B, H, Dh) each. seen: (1,) int64 on the device.
         """
-        token = token.map(lambda z: z[:, self.heads])
+        token = self.group.pick_token(token)
         if on_kernels(token.q):
             run = kernels.decode_topk if self.rule.topk else kernels.decode
             return run(token, self, rope, seen)
@@ -737,7 +745,7 @@ class TopkCache(GroupCache):
         self.summaries[:, :, begin:stop] = block_summaries(keys, block, self.rule.score)
 
     def attend(self, q, k_rec, v_rec, start):
-        q, k_rec, v_rec = q[:, self.heads], k_rec[:, self.heads], v_rec[:, self.heads]
+        q, k_rec, v_rec = self.group.pick(q, k_rec, v_rec)
         end = start + q.shape[2]
         self.store(k_rec, v_rec, start)
         self.summarise(start, end)

@@ -469,9 +469,12 @@ def in_order(step, config, stream):
 def at_random(step, config, stream):
     """Windows at random offsets, the same for the same seed and step.
 
-    Files are drawn in proportion to their sizes.
+    Files are drawn in proportion to their sizes. With a mask, windows lie side by side, so that
+    samples of T tokens stay whole.
     """
     rng = np.random.default_rng((config.seed, step))
+    if stream.masked:
+        return stream.side_by_side(rng.integers(0, sum(stream.whole), config.batch_size))
     return stream.anywhere(rng.integers(0, sum(stream.offsets), config.batch_size))
 
 
