@@ -159,7 +159,7 @@ def decay(g):
     return F.logsigmoid(g).exp(), F.logsigmoid(-g).exp()
 
 
-@torch.compiler.disable                                # which would unroll the loop
+@torch.compiler.disable                                # torch.compile would unroll the loop
 def scan(a, x, h):
     """All h_t = a_t * h_{t-1} + x_t (2, B, T, C). a: (B, T, C); x: (2, B, T, C); h: (2, B, C)."""
     steps = []
@@ -261,7 +261,7 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
 # The past is cut into blocks of N positions. A query scores each earlier block by a summary of the
 # block's keys. It attends to K blocks in full: its own block up to itself, and the K - 1 earlier
 # blocks with the best scores. In the same softmax it attends to what equation (4) allows elsewhere.
-# With D = N that is the last position of every other block, which stands for its block by the
+# With D = N that is the last position of each block not chosen, which stands for its block by the
 # recurrence. The score of block b for q_t, keys after RoPE:
 #
 #   mean     q_t . mean of its keys                                     as in MoBA
@@ -1047,7 +1047,7 @@ class RATPlus(nn.Module):
         """Prefill idx, then yield up to n_new tokens (B,) as `decode` does; fewer if all sequences
         stop. ValueError if the logits become NaN.
 
-        Both are checked every 16 tokens, NaN also at the end: a check makes the host wait.
+        NaN and stop are checked every 16 tokens, NaN also at the end: a check makes the host wait.
         """
         tokens = self.decode(self.prefill(idx, cache), cache, temperature, top_k, top_p, stop)
         recent = []

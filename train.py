@@ -7,7 +7,7 @@ few tokens only. A dilation of 64 needs it to reach 64. So each batch is used fo
   theta <- AdamW(theta, gradient of loss(batch; theta, D64))    sparse: a short reach costs    (6)
   theta <- AdamW(theta, gradient of loss(batch; theta, D1))     dense: attention stays as able
 
-  code          shape      paper
+  code          type       meaning
   arl           patterns   the sparse update's pattern, D64; of several, each batch draws one
   recurrence    bool       False (--no-recurrence): the attention-only baseline, without ARL
   idx, targets  (B, T)     a batch: B = batch_size windows of T = context tokens
@@ -20,7 +20,7 @@ few tokens only. A dilation of 64 needs it to reach 64. So each batch is used fo
 
 A flag that is given wins over the checkpoint's value, that over the preset's, and that over the
 default. --resume goes on with a run: of the flags that change the result, only --steps may differ.
---overwrite starts anew: first it renames the files of the old run to NAME.old.
+--overwrite starts anew: before the first step it renames the old run's files to NAME.old.
 """
 import argparse
 import codecs
@@ -233,9 +233,7 @@ def evaluate(model, tokens, pattern, config):
         loss = loss_fn(move(idx, config), move(targets, config), pattern).item()
         sums += torch.tensor([count * loss, count])
     total, count = summed(sums).tolist()
-    if count == 0:
-        raise ValueError(f"{tokens.name}: the mask lets no target count in the validation windows")
-    return total / count
+    return total / count                                    # load_data has seen that some count
 
 
 PEAKS = {                                   # dense bfloat16 TFLOP/s, from the vendors' data sheets
@@ -267,7 +265,7 @@ def flops_per_token(model, patterns, T):
 
 # --------------------------------------------------------------------------------------------------
 # Several processes. torchrun starts the script once a GPU and numbers the processes by environment
-# variables. Gradients meet in DDP, and a few numbers in `summed`. Only process 0 prints and writes.
+# variables. Gradients meet in DDP, and a few numbers in `summed`. Process 0 prints and saves.
 
 def from_torchrun():
     """RANK, LOCAL_RANK, WORLD; 0, 0, 1 if only some variables are set, as a cluster's shell may."""
@@ -319,8 +317,8 @@ def hang_up():
 def stop_signals():
     """Yield a function that says whether the run was asked to stop: Ctrl-C, SIGTERM, or SIGHUP.
 
-    It must be called by all processes, and answers the same in all. A second Ctrl-C ends the
-    process at once. A SIGHUP that is ignored (nohup) stays so.
+    All processes must call that function, and it answers the same in all. Without torchrun a
+    Ctrl-C after the first signal ends the process at once. An ignored SIGHUP (nohup) stays so.
     """
     asked = []
 
@@ -414,7 +412,7 @@ def run(main):
 # Batches. A Stream is one or several files of tokens, and a window is a pair (file, offset).
 
 class Stream:
-    """Files of tokens, read one after the other. No window reaches from one file into the next.
+    """Files of tokens, numbered one after the other. No window reaches into the next file.
 
     files: [(tokens, mask)]: (n,) uint16 mapped from disk, and (n,) uint8, 1 where a token counts as
     a target, or None where all do. T: tokens per window; limit: the vocabulary's size; name: for
@@ -453,7 +451,7 @@ def locate(number, sizes):
 
 
 def in_order(step, config, stream):
-    """Windows of a pretraining batch, which read the data once, in order.
+    """Windows of a batch that reads the data in order, once if it is long enough.
 
     The stream is cut into batch_size stretches. Row r reads the r-th from one end to the other, and
     again when it is used up. What a step reads does not depend on how many steps there will be.
@@ -551,7 +549,17 @@ def load_data(config, vocab_size=None):
                  "): validation may hold what was trained on")
     config.sources = sources
     streams = open_stream(train, config, size), open_stream(val, config, size)
+    require_targets(streams[1], config)
     return Data(*streams, size, " ".join(sources.values()))
+
+
+def require_targets(stream, config):
+    """ValueError, before any training, if a mask leaves the validation without a target."""
+    if not stream.masked:
+        return
+    _, targets = cut(stream, evenly(stream, config), config.context)
+    if (targets == -100).all():
+        raise ValueError(f"{stream.name}: the mask lets no target count in the validation windows")
 
 
 GPT2_EOT = 50256
@@ -817,8 +825,10 @@ def write_tokens(source, docs, coder, split_on, folder):
             for count in write_document(doc.path, end, coder, split_on, (train, val)):
                 total += count
                 if count > 1e5 or i % 100 == 0 or i == len(texts):
-                    print(f"\rtokenizing {source}: {i}/{len(texts)} texts, {total / 1e6:.1f}M "
-                          f"{coder.name} tokens", end="", file=sys.stderr, flush=True)
+                    with contextlib.suppress(OSError):          # stderr may have been closed
+                        print(f"\rtokenizing {source}: {i}/{len(texts)} texts, "
+                              f"{total / 1e6:.1f}M {coder.name} tokens", end="", file=sys.stderr,
+                              flush=True)
     note("")
 
 
