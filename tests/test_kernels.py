@@ -317,7 +317,7 @@ def fill(cache, k, v):
 
 def in_float64(cache):
     """The same cache for the definition, which wants numbers in empty slots too."""
-    group = Group(cache.rule, cache.heads)
+    group = Group(cache.rule, cache.group.heads)
     like = cache.k[0, 0].double()
     twin = GroupCache(group, cache.layout, like, len(cache.k), cache.state.double())
     twin.k.copy_(cache.k.nan_to_num())
@@ -385,7 +385,7 @@ def test_decay_of_a_step_is_precise(g):
     cache.state.zero_()
     fill(cache, *randn(2, 2, 3, 5, 8))
     plain = in_float64(cache)
-    group = Group(cache.rule, cache.heads)
+    group = Group(cache.rule, cache.group.heads)
     single = GroupCache(group, cache.layout, cache.k[0, 0], 2, cache.state.clone())
     seen = torch.tensor([5], device=DEVICE)
     single.recur(token)
