@@ -1400,6 +1400,8 @@ if __name__ == "__main__":
     try:
         T = int(sys.argv[2]) if sys.argv[2:] else 20
         require(1 <= T <= 1000, f"T is from 1 to 1000, not {T}")
-        print(Pattern.parse(sys.argv[1]).draw(T))
+        print(Pattern.parse(sys.argv[1]).draw(T), flush=True)
+    except BrokenPipeError:                            # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:
         sys.exit(f"model.py: {error}")
