@@ -2081,7 +2081,7 @@ def attention_topk(q, k_rec, v_rec, rule, summaries):
     window = min(rule.window, n)
     sizes = [rule.dilation, window, min(rule.sinks, n), block, topk]
     run = topk_operator if recorded(q, k_rec, v_rec) else run_topk
-    query_bytes = B * h * topk * Dh * q.element_size()
+    query_bytes = max(1, B * h * topk * Dh * q.element_size())      # 1: a batch of no sequences
     queries = max(LEAST_QUERIES, PARTS_BYTES // query_bytes // 64 * 64)
     y = []
     for begin in range(0, T, queries):

@@ -250,3 +250,8 @@ def test_decoding_gives_what_the_sequence_gives(score):
         token = model.Projected(gate, q[:, :, t], k[:, :, t], v[:, :, t], None)
         step = topk.decode_topk(token, cache, still, torch.tensor([t], device=DEVICE))
         assert relative_error(step, y[:, :, t]) < 1e-5, f"position {t}"
+
+
+def test_a_batch_of_no_sequences_is_empty():
+    q, k, v = (randn(0, 2, 20, 16) for _ in "qkv")
+    assert attend(q, k, v, Rule(0, 0, 0, 5, 2, "mean")).shape == (0, 2, 20, 16)
