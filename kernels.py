@@ -1164,6 +1164,28 @@ def recur(x, g, state, b, h, d, DH: tl.constexpr):
 
 
 @jit
+def add_rows(q_row, k, v, here, acc, l, m):
+    """A tile of the row-wise online softmax. q_row (BD,); k, v, acc (BN, BD); here, l, m (BN,)."""
+    s = tl.where(here, tl.sum(q_row[None, :] * k.to(tl.float32), axis=1), float("-inf"))
+    top = tl.maximum(m, s)
+    fade = tl.exp2(m - top)
+    weight = tl.exp2(s - top)
+    acc = acc * fade[:, None] + weight[:, None] * v.to(tl.float32)
+    return acc, l * fade + weight, top
+
+
+@jit
+def store_partial(partial, bh, d, acc, l, m, DH: tl.constexpr):
+    """Join the rows of this program, and leave its acc, m, l for decode_combine_kernel."""
+    top = tl.max(m, axis=0)
+    weight = tl.exp2(m - top)
+    partial += (bh * tl.num_programs(1) + tl.program_id(1)) * (DH + 2)
+    tl.store(partial + d, tl.sum(weight[:, None] * acc, axis=0), mask=d < DH)
+    tl.store(partial + DH, top)
+    tl.store(partial + DH + 1, tl.sum(weight * l, axis=0))
+
+
+@jit
 def decode_attend_kernel(
         q, cos, sin, k_cache, v_cache, seen, partial,
         H, scale,
@@ -1198,19 +1220,8 @@ def decode_attend_kernel(
             here = here & allowed(t, position_in(slot, t, SPAN), SPAN)
         k = load_rows(k_cache, b, h, slot, here, DH, BD)                                # (BN, BD)
         v = load_rows(v_cache, b, h, slot, here, DH, BD)
-        s = tl.where(here, tl.sum(q_row[None, :] * k.to(tl.float32), axis=1), float("-inf"))
-        top = tl.maximum(m, s)
-        fade = tl.exp2(m - top)
-        weight = tl.exp2(s - top)
-        l = l * fade + weight
-        acc = acc * fade[:, None] + weight[:, None] * v.to(tl.float32)
-        m = top
-    top = tl.max(m, axis=0)
-    weight = tl.exp2(m - top)
-    partial += (bh * splits + split) * (DH + 2)
-    tl.store(partial + d, tl.sum(weight[:, None] * acc, axis=0), mask=d < DH)
-    tl.store(partial + DH, top)
-    tl.store(partial + DH + 1, tl.sum(weight * l, axis=0))
+        acc, l, m = add_rows(q_row, k, v, here, acc, l, m)
+    store_partial(partial, bh, d, acc, l, m, DH)
 
 
 @jit
@@ -1296,6 +1307,22 @@ def require_token(token, cache):
             "decode: the channels of a head must be neighbours in memory")
 
 
+def combine(token, cache, shared, splits):
+    """The last launch of a step, for every kind of cache. Returns y (B, h, Dh).
+
+    shared: the arguments that decode_combine_kernel has in common with the launch before it.
+    """
+    o, q, k, v, g = token
+    B, h, _, Dh = cache.k.shape
+    y = q.new_empty(B, h, Dh)
+    gate, state = (k, (k, v)) if g is None else (g, cache.state)       # without g placeholders
+    heads = [token_rows(x) for x in (y, o, q, k, v, gate, *state)]
+    launch(decode_combine_kernel, B * h, q, *heads, *shared, splits,
+           RECURRENCE=g is not None, SPAN=span_of(*cache.layout.span), DH=Dh,
+           BD=triton.next_power_of_2(Dh), BS=triton.next_power_of_2(splits), num_warps=4)
+    return y
+
+
 def decode(token, cache, rope, seen, splits=None):
     """Equations (2) to (5), but for out_proj, for one token and one head group:
     model.GroupCache.step. Returns (B, h, Dh).
@@ -1308,23 +1335,16 @@ def decode(token, cache, rope, seen, splits=None):
     ValueError for what does not match.
     """
     require_token(token, cache)
-    o, q, k, v, g = token
+    q = token[1]
     B, h, slots, Dh = cache.k.shape
-    y = q.new_empty(B, h, Dh)
-    state = cache.state if g is not None else (k, v)   # a placeholder without g, not read
     BD = triton.next_power_of_2(Dh)
     BN = max(4096 // BD, 16)                           # 32 keys of 128 channels
     splits = splits or split_count(B * h, slots, BN, q.device)
     partial = torch.empty(B * h, splits, Dh + 2, dtype=torch.float32, device=q.device)
     shared = *rope, rows(cache.k), rows(cache.v), seen, partial, h, log2_scale(q)
-    constants = dict(SPAN=span_of(*cache.layout.span), DH=Dh, BD=BD, num_warps=4)
     launch(decode_attend_kernel, (B * h, splits), q, token_rows(q), *shared,
-           BN=BN, STAGES=3, **constants)
-    gate = k if g is None else g
-    heads = [token_rows(x) for x in (y, o, q, k, v, gate, *state)]
-    launch(decode_combine_kernel, B * h, q, *heads, *shared, splits,
-           RECURRENCE=g is not None, BS=triton.next_power_of_2(splits), **constants)
-    return y
+           SPAN=span_of(*cache.layout.span), DH=Dh, BD=BD, BN=BN, STAGES=3, num_warps=4)
+    return combine(token, cache, shared, splits)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2224,21 +2244,8 @@ def decode_blocks_kernel(
             here = tl.where(is_granted, (granted < t) & (times == 0), here)
         k = load_rows(k_cache, b, h, p, here, DH, BD)                                   # (BN, BD)
         v = load_rows(v_cache, b, h, p, here, DH, BD)
-        s = tl.sum(q_row[None, :] * k.to(tl.float32), 1)
-        s = tl.where(here, s, -float("inf"))
-        top = tl.maximum(m, s)
-        fade = tl.exp2(m - top)
-        weight = tl.exp2(s - top)
-        l = l * fade + weight
-        acc = acc * fade[:, None] + weight[:, None] * v.to(tl.float32)
-        m = top
-    top = tl.max(m, 0)
-    weight = tl.exp2(m - top)
-    partial += (bh * splits + split) * (DH + 2)
-    acc = tl.sum(weight[:, None] * acc, 0)
-    tl.store(partial + d, acc, mask=d < DH)
-    tl.store(partial + DH, top)
-    tl.store(partial + DH + 1, tl.sum(weight * l, 0))
+        acc, l, m = add_rows(q_row, k, v, here, acc, l, m)
+    store_partial(partial, bh, d, acc, l, m, DH)
 
 
 DECODE_TILES = {                                       # for 128 channels: the fastest on an H100
@@ -2257,19 +2264,16 @@ def decode_tiles(kind, BD):
 def decode_topk(token, cache, rope, seen, splits=None):
     """`decode` for a model.TopkCache: as there, and cache.summaries are renewed."""
     require_token(token, cache)
-    o, q, k, v, g = token
+    q = token[1]
     rule = cache.rule
     B, h, slots, Dh = cache.k.shape
     n = slots // rule.block
     K = min(rule.topk, n)
-    y = q.new_empty(B, h, Dh)
-    state = cache.state if g is not None else (k, v)   # a placeholder without g, not read
     BD = triton.next_power_of_2(Dh)
     chosen = q.new_empty(B * h, K, dtype=torch.int32)
     scores = q.new_empty(B * h, n, dtype=torch.float32)
-    constants = dict(DH=Dh, BD=BD)
     BK = triton.next_power_of_2(K)
-    blocks = dict(K=K, N=rule.block, BK=BK, **constants)
+    blocks = dict(K=K, N=rule.block, BK=BK, DH=Dh, BD=BD)
     launch(decode_choose_kernel, B * h, q, token_rows(q), *rope, rows(cache.k),
            rows(cache.summaries), seen, scores, chosen, h, n, SCORE=rule.score,
            BS=max(16, triton.next_power_of_2(n)),
@@ -2285,12 +2289,7 @@ def decode_topk(token, cache, rope, seen, splits=None):
     span = span_of(*rule.span)
     launch(decode_blocks_kernel, (B * h, splits), q, token_rows(q), *shared, chosen,
            GRANTED=any(rule.span), SPAN=span, **blocks, **tiles)
-    gate = k if g is None else g
-    heads = [token_rows(x) for x in (y, o, q, k, v, gate, *state)]
-    BS = triton.next_power_of_2(splits)
-    launch(decode_combine_kernel, B * h, q, *heads, *shared, splits,
-           RECURRENCE=g is not None, BS=BS, SPAN=span_of(1, 0, 0), num_warps=4, **constants)
-    return y
+    return combine(token, cache, shared, splits)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def allowed(t, p, dilation, window, sinks):
     t, p: integers or integer tensors that broadcast. Returns bool. ValueError for negative sizes.
     The grid is absolute: all queries share it. A key that is off the grid and no sink is never
     needed again once it has left the window, and that is why the cache shrinks.
-        """
+    """
     sizes = dilation, window, sinks
     require(min(sizes) >= 0, f"allowed: dilation, window, sinks are at least 0, not {sizes}")
     in_window = t - p <= window
@@ -226,7 +226,7 @@ def masked_attention(q, k, v, mask):
 
     q: (B, H, T, Dh); k, v: (B, H, n, Dh); mask: bool, broadcasts to (B, H, T, n). Returns (B, H, T,
     Dh).
-        """
+    """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -237,7 +237,7 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     q, k_rec, v_rec: (B, H, T, Dh), one dtype, after RoPE. Returns (B, H, T, Dh), differentiable.
     Where all earlier positions are allowed it is dense attention, PyTorch's own. ValueError for
     shapes that do not match.
-        """
+    """
     require(q.shape == k_rec.shape == v_rec.shape,
             "attention: q, k_rec, v_rec share a shape (B, H, T, Dh), not {}, {}, {}",
             q.shape, k_rec.shape, v_rec.shape)
@@ -317,7 +317,7 @@ def attention_topk(q, k_rec, v_rec, summaries, t, rule):
 
     q: (B, H, T, Dh); k_rec, v_rec: (B, H, n, Dh), the keys at positions 0 to n - 1; summaries: of
     their blocks. Returns (B, H, T, Dh), differentiable in q, k_rec, v_rec.
-        """
+    """
     p = torch.arange(k_rec.shape[2], device=q.device)
     chosen = choose_blocks(q, summaries, t, rule)
     in_chosen = chosen[..., p // rule.block]                                # (B, H, T, n)
@@ -593,7 +593,7 @@ class GroupCache:
 
     k, v: (B, heads, slots, Dh). state: (2, B, heads, Dh), a view of the layer's; without recurrence
     it has no elements.
-        """
+    """
 
     def __init__(self, group, layout, like, batch, state):
         self.group = group
@@ -777,7 +777,7 @@ class Cache:
     kernels. groups[layer][group]: a GroupCache. state[layer]: (2, B, C) float32 (float64 in a
     float64 model), k~ before RoPE and v~. The dtype of keys and values is fixed here; so is the
     dtype that prefill and steps compute in.
-        """
+    """
 
     def __init__(self, config, batch, max_len, pattern, dtype, weight):
         self.pattern = pattern
@@ -863,7 +863,7 @@ def head_loss(x, weight, targets, dtype):
     x: (N, C); weight: (V, C); targets: (N,) int64; dtype: of the matrix product. Another target
     outside [0, V) is a ValueError on a CPU. On a GPU the sum is NaN then, since an error would have
     to wait for the device.
-        """
+    """
     wrong = (targets != -100) & ((targets < 0) | (targets >= len(weight)))
     if not targets.is_cuda:
         found = targets[wrong][:1].tolist()
@@ -881,7 +881,7 @@ class RATPlus(nn.Module):
 
     checkpointing: set it to True to hold only the inputs of blocks in training and compute the rest
     again in backward.
-        """
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -1089,7 +1089,7 @@ def capture(step, generator):
 
     Capturing runs nothing. It happens on a stream of its own, and other threads may use the GPU
     meanwhile.
-        """
+    """
     device = generator.device
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
@@ -1130,7 +1130,7 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     the fewest tokens whose probabilities reach p. A logit of +inf is the likeliest. Where a row
     holds NaN there is no token: -1 on a GPU, a ValueError on a CPU. ValueError for impossible
     arguments.
-        """
+    """
     k_right = top_k is None or top_k >= 1
     p_right = top_p is None or 0 < top_p <= 1
     require(temperature >= 0 and k_right and p_right,
@@ -1205,7 +1205,7 @@ class Pattern:
     As text: D16, D16W256S4, W1024S4 (no grid), D1,D64 (layers alternate), D1/D64 (half of the heads
     each), D64N64K8, N64K16:minmax (top-k blocks scored by minmax; without a score: mean), W0 (a
     query sees only itself: no attention).
-        """
+    """
     layers: tuple
 
     @staticmethod
@@ -1311,7 +1311,7 @@ def save_checkpoint(path, model, **meta):
 
     The file is written beside `path`, flushed to disk and renamed. OSError if that fails; an older
     file then stays.
-        """
+    """
     model = getattr(model, "_orig_mod", model)         # what torch.compile(model) wraps
     partial = f"{path}.tmp"
     try:
@@ -1335,7 +1335,7 @@ def load_checkpoint(path, device="cpu", training=False):
     meta: what save_checkpoint was given; tokenizer "ids" and pattern "D1" where it says nothing
     else. The optimizer's state, twice as large as the weights, is in it only with training=True.
     OSError if there is no file, ValueError if it is not a whole checkpoint.
-        """
+    """
     easydict = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])
     try:
         with open(path, "rb") as f, easydict, warnings.catch_warnings(action="ignore"):
