@@ -1089,14 +1089,15 @@ def attention_chunk(q, k_local, v_local, cache, start):
 # ---------------------------------------------------------------------------------------------
 # Decoding: one token of each sequence, all that lies between in_proj and out_proj
 #
-# What is slow: a dozen small operations, each a launch, and a mask over slots. Here it is two
-# launches per head group. The first reads the cache, which is nearly all the bytes. All that is one
-# head wide goes to the second, the recurrence too, as the first wants nothing of the token but q.
-# For B sequences of h heads and n slots in use, in bf16:
+# What is slow: a dozen small operations, each a launch, and a mask over slots. Here it is one
+# launch per head group. A head has `splits` programs. Each attends over its share of the slots,
+# which is nearly all the bytes, and needs nothing of the token but q. The last of them to get
+# there does the rest, which is one head wide: the recurrence, the token itself, the gate. For B
+# sequences of h heads and n slots in use, in bf16:
 #
-#   attend    grid (B h, splits)    reads 4 B h n Dh bytes, writes 4 B h splits (Dh + 2)
-#   combine   grid (B h,)           reads that again, and 10 B h Dh of in_proj's output and 8 of the
-#                                   state; writes 8 and 4 + 2
+#   attend    by all      reads 4 B h n Dh bytes, writes 4 B h splits (Dh + 2)
+#   finish    by the last reads that again, and 10 B h Dh of in_proj's output and 8 of the state;
+#                         writes 8 and 4 + 2
 #
 # H100, 3.0 TB/s, width 2048 in bf16, one layer: 128 sequences at T 4096 hold n = 4096 (D1), 256
 # (D16), 64 (D64) or 516 (D16W256S4) slots = 4.29, 0.27, 0.07, 0.54 GB, hence 1.43, 0.09, 0.02, 0.18
@@ -1175,82 +1176,43 @@ def add_rows(q_row, k, v, here, acc, l, m):
 
 
 @jit
-def store_partial(partial, bh, d, acc, l, m, DH: tl.constexpr):
-    """Join the rows of this program, and leave its acc, m, l for decode_combine_kernel."""
+def store_partial(partial, acc, l, m, d, DH: tl.constexpr):
+    """Join the rows of this program, and leave its acc, m, l at `partial`."""
     top = tl.max(m, axis=0)
     weight = tl.exp2(m - top)
-    partial += (bh * tl.num_programs(1) + tl.program_id(1)) * (DH + 2)
     tl.store(partial + d, tl.sum(weight[:, None] * acc, axis=0), mask=d < DH)
     tl.store(partial + DH, top)
     tl.store(partial + DH + 1, tl.sum(weight * l, axis=0))
 
 
 @jit
-def decode_attend_kernel(
-        q, cos, sin, k_cache, v_cache, seen, partial,
-        H, scale,
-        SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BN: tl.constexpr, STAGES: tl.constexpr):
-    """Program (bh, split): attention of the token over its share of the slots in use.
-
-    partial (B * H, splits, Dh + 2) float32: acc, m, l. The shares follow from `seen`, equal at any
-    length to one tile. Slots that hold no allowed position are not loaded.
-    """
-    bh = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    splits = tl.num_programs(1)
-    b = bh // H
-    h = bh % H
-    t = tl.load(seen).to(tl.int32)
-    d = tl.arange(0, BD)
-    cos_d, sin_d = load_turn(cos, sin, d, DH)
-    q_row = load_query(q, b, h, cos_d, sin_d, d, scale, DH)                             # (BD,)
-    in_use = slots_in_use(t, SPAN)
-    tiles = tl.cdiv(in_use, BN)
-    m = tl.full((BN,), EMPTY, tl.float32)
-    l = tl.zeros((BN,), tl.float32)
-    acc = tl.zeros((BN, BD), tl.float32)
-    first = tiles * split // splits
-    end = tiles * (split + 1) // splits
-    for tile in tl.range(first, end, num_stages=STAGES):
-        n = tile * BN + tl.arange(0, BN)
-        slot = slot_in_use(n, t, SPAN)
-        here = n < in_use
-        if SPAN.sinks + SPAN.reach > 0:                # else all of them are on the grid
-            here = here & allowed(t, position_in(slot, t, SPAN), SPAN)
-        k = load_rows(k_cache, b, h, slot, here, DH, BD)                                # (BN, BD)
-        v = load_rows(v_cache, b, h, slot, here, DH, BD)
-        acc, l, m = add_rows(q_row, k, v, here, acc, l, m)
-    store_partial(partial, bh, d, acc, l, m, DH)
+def is_last(arrived, n):
+    """Is this the last of n programs to get here? It then sees what the others have stored."""
+    tl.debug_barrier()                                 # all threads of this program have stored
+    before = tl.atomic_add(arrived, 1, sem="acq_rel")
+    if before == n - 1:
+        tl.store(arrived, 0)                           # for the next step
+    return before == n - 1
 
 
 @jit
-def decode_combine_kernel(
-        y, o, q, k, v, g, k_state, v_state,
-        cos, sin, k_cache, v_cache, seen, partial,
-        H, scale, splits,
-        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BS: tl.constexpr):
-    """Program (bh): the recurrence, the splits and the token itself in one softmax, the gate, the
-    store.
+def finish_token(
+        y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial,
+        q_row, cos_d, sin_d, d, b, h, t, splits,
+        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BS: tl.constexpr):
+    """The recurrence, the splits and the token itself in one softmax, the gate, the store.
 
     Only now may the token be stored: its ring slot held position t - W, which it had to see.
     """
-    bh = tl.program_id(0).to(tl.int64)
-    b = bh // H
-    h = bh % H
-    t = tl.load(seen).to(tl.int32)
-    d = tl.arange(0, BD)
     mine = d < DH
     other = partner(d, DH)
     split = tl.arange(0, BS)                           # all loads come first: they take long
-    partial += (bh * splits + split) * (DH + 2)                                         # (BS,)
-    m = tl.load(partial + DH, mask=split < splits, other=EMPTY)
-    l = tl.load(partial + DH + 1, mask=split < splits, other=0.0)
+    partial += split * (DH + 2)                                                         # (BS,)
+    m = tl.load(partial + DH, mask=split < splits, other=EMPTY, cache_modifier=".cg")
+    l = tl.load(partial + DH + 1, mask=split < splits, other=0.0, cache_modifier=".cg")
     some = (split < splits)[:, None] & mine[None, :]
-    acc = tl.load(partial[:, None] + d[None, :], mask=some, other=0.0)                  # (BS, BD)
-    cos_d, sin_d = load_turn(cos, sin, d, DH)
-    q_row = load_query(q, b, h, cos_d, sin_d, d, scale, DH)
+    at = partial[:, None] + d[None, :]
+    acc = tl.load(at, mask=some, other=0.0, cache_modifier=".cg")                       # (BS, BD)
     gate = tl.sigmoid(load_channels(o, b, h, d, DH))
     if RECURRENCE:                                                                      # (2)
         k_rec = recur(k, g, k_state, b, h, d, DH)
@@ -1277,6 +1239,52 @@ def decode_combine_kernel(
         v_slot = head(v_cache, b, h) + slot * v_cache.t + d
         tl.store(k_slot, k_rec.to(k_cache.ptr.dtype.element_ty), mask=mine)
         tl.store(v_slot, v_rec.to(v_cache.ptr.dtype.element_ty), mask=mine)
+
+
+@jit
+def decode_kernel(
+        y, o, q, k, v, g, k_state, v_state,
+        cos, sin, k_cache, v_cache, seen, partial, arrived,
+        H, scale,
+        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+        BS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+    """Program (bh, split): attention of the token over its share of the slots in use. The last
+    program of a head finishes the token.
+
+    partial (B * H, splits, Dh + 2) float32: acc, m, l. arrived (B * H,) int32: zeros, before and
+    after. The shares follow from `seen`, equal at any length to one tile. Slots that hold no
+    allowed position are not loaded.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    b = bh // H
+    h = bh % H
+    t = tl.load(seen).to(tl.int32)
+    d = tl.arange(0, BD)
+    cos_d, sin_d = load_turn(cos, sin, d, DH)
+    q_row = load_query(q, b, h, cos_d, sin_d, d, scale, DH)                             # (BD,)
+    in_use = slots_in_use(t, SPAN)
+    tiles = tl.cdiv(in_use, BN)
+    m = tl.full((BN,), EMPTY, tl.float32)
+    l = tl.zeros((BN,), tl.float32)
+    acc = tl.zeros((BN, BD), tl.float32)
+    first = tiles * split // splits
+    end = tiles * (split + 1) // splits
+    for tile in tl.range(first, end, num_stages=STAGES):
+        n = tile * BN + tl.arange(0, BN)
+        slot = slot_in_use(n, t, SPAN)
+        here = n < in_use
+        if SPAN.sinks + SPAN.reach > 0:                # else all of them are on the grid
+            here = here & allowed(t, position_in(slot, t, SPAN), SPAN)
+        k_tile = load_rows(k_cache, b, h, slot, here, DH, BD)                           # (BN, BD)
+        v_tile = load_rows(v_cache, b, h, slot, here, DH, BD)
+        acc, l, m = add_rows(q_row, k_tile, v_tile, here, acc, l, m)
+    partial += bh * splits * (DH + 2)
+    store_partial(partial + split * (DH + 2), acc, l, m, d, DH)
+    if is_last(arrived + bh, splits):
+        finish_token(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial,
+                     q_row, cos_d, sin_d, d, b, h, t, splits, RECURRENCE, SPAN, DH, BS)
 
 
 def token_rows(x):
@@ -1307,19 +1315,21 @@ def require_token(token, cache):
             "decode: the channels of a head must be neighbours in memory")
 
 
-def combine(token, cache, shared, splits):
-    """The last launch of a step, for every kind of cache. Returns y (B, h, Dh).
+def launch_decode(kernel, token, cache, rope, seen, splits, *arguments, **constants):
+    """Run a kernel of one program per head and split on a token and a cache. Returns y (B, h, Dh).
 
-    shared: the arguments that decode_combine_kernel has in common with the launch before it.
+    arguments, constants: what this kernel takes besides those of decode_kernel.
     """
     o, q, k, v, g = token
     B, h, _, Dh = cache.k.shape
     y = q.new_empty(B, h, Dh)
+    partial = q.new_empty(B * h, splits, Dh + 2, dtype=torch.float32)
     gate, state = (k, (k, v)) if g is None else (g, cache.state)       # without g placeholders
-    heads = [token_rows(x) for x in (y, o, q, k, v, gate, *state)]
-    launch(decode_combine_kernel, B * h, q, *heads, *shared, splits,
-           RECURRENCE=g is not None, SPAN=span_of(*cache.layout.span), DH=Dh,
-           BD=triton.next_power_of_2(Dh), BS=triton.next_power_of_2(splits), num_warps=4)
+    parts = [token_rows(x) for x in (y, o, q, k, v, gate, *state)]
+    launch(kernel, (B * h, splits), q, *parts, *rope, rows(cache.k), rows(cache.v), seen, partial,
+           cache.arrived, h, log2_scale(q), *arguments,
+           RECURRENCE=g is not None, DH=Dh, BD=triton.next_power_of_2(Dh),
+           BS=triton.next_power_of_2(splits), **constants)
     return y
 
 
@@ -1328,23 +1338,18 @@ def decode(token, cache, rope, seen, splits=None):
     model.GroupCache.step. Returns (B, h, Dh).
 
     token: o, q, k, v, g, each (B, h, Dh), channels packed, any other strides; g None without
-    recurrence. cache: model.GroupCache with k, v (B, h, slots, Dh), state (2, B, h, Dh) float32 and
-    layout. Its state is replaced by the token's, and the token is stored if the next query may use
-    it. rope: cos and sin (1, Dh/2) float32 of the token's position. seen: (1,) int64 on the device,
-    that position. splits: how many programs share a head's slots; None: enough to fill the GPU.
-    ValueError for what does not match.
+    recurrence. cache: model.GroupCache with k, v (B, h, slots, Dh), state (2, B, h, Dh) float32,
+    layout and arrived. Its state is replaced by the token's, and the token is stored if the next
+    query may use it. rope: cos and sin (1, Dh/2) float32 of the token's position. seen: (1,) int64
+    on the device, that position. splits: how many programs share a head's slots; None: enough to
+    fill the GPU. ValueError for what does not match.
     """
     require_token(token, cache)
-    q = token[1]
     B, h, slots, Dh = cache.k.shape
-    BD = triton.next_power_of_2(Dh)
-    BN = max(4096 // BD, 16)                           # 32 keys of 128 channels
-    splits = splits or split_count(B * h, slots, BN, q.device)
-    partial = torch.empty(B * h, splits, Dh + 2, dtype=torch.float32, device=q.device)
-    shared = *rope, rows(cache.k), rows(cache.v), seen, partial, h, log2_scale(q)
-    launch(decode_attend_kernel, (B * h, splits), q, token_rows(q), *shared,
-           SPAN=span_of(*cache.layout.span), DH=Dh, BD=BD, BN=BN, STAGES=3, num_warps=4)
-    return combine(token, cache, shared, splits)
+    BN = max(4096 // triton.next_power_of_2(Dh), 16)   # 32 keys of 128 channels
+    splits = splits or split_count(B * h, slots, BN, cache.k.device)
+    return launch_decode(decode_kernel, token, cache, rope, seen, splits,
+                         SPAN=span_of(*cache.layout.span), BN=BN, STAGES=3, num_warps=4)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2115,11 +2120,11 @@ def attention_topk(q, k_rec, v_rec, rule, summaries):
 
 
 # ---------------------------------------------------------------------------------------------
-# Top-k blocks: decoding, three launches per head group
+# Top-k blocks: decoding, two launches per head group
 #
 #   choose    grid (B h,)           reads the summaries, writes K ints
-#   attend    grid (B h, splits)    reads the chosen blocks, and the granted keys besides
-#   combine   grid (B h,)           `decode`'s own
+#   attend    grid (B h, splits)    reads the chosen blocks, and the granted keys besides; the last
+#                                   program of a head finishes the token, as in `decode`
 #
 # The cache holds every position in its place. A summary is written at the first step after its
 # block is full, which is the first that scores it. Bytes per head and sequence in bf16 at T 16384,
@@ -2199,13 +2204,15 @@ def decode_choose_kernel(
 
 @jit
 def decode_blocks_kernel(
-        q, cos, sin, k_cache, v_cache, seen, partial,
+        y, o, q, k, v, g, k_state, v_state,
+        cos, sin, k_cache, v_cache, seen, partial, arrived,
         H, scale, chosen,
         K: tl.constexpr, N: tl.constexpr, GRANTED: tl.constexpr, SPAN: tl.constexpr,
-        DH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-        STAGES: tl.constexpr):
-    """Program (bh, split): as decode_attend_kernel, over tiles of the chosen blocks, then over
-    tiles of granted keys. Granted keys in a chosen block are not loaded again.
+        HELD: tl.constexpr, RECURRENCE: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+        BS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+    """Program (bh, split): as decode_kernel, over tiles of the chosen blocks, then over tiles of
+    granted keys. Granted keys in a chosen block are not loaded again. SPAN: of the granted keys;
+    HELD: of the cache, which holds every position.
     """
     bh = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -2242,10 +2249,14 @@ def decode_blocks_kernel(
             is_granted = tile >= chosen_tiles
             p = tl.where(is_granted, granted, p)
             here = tl.where(is_granted, (granted < t) & (times == 0), here)
-        k = load_rows(k_cache, b, h, p, here, DH, BD)                                   # (BN, BD)
-        v = load_rows(v_cache, b, h, p, here, DH, BD)
-        acc, l, m = add_rows(q_row, k, v, here, acc, l, m)
-    store_partial(partial, bh, d, acc, l, m, DH)
+        k_tile = load_rows(k_cache, b, h, p, here, DH, BD)                              # (BN, BD)
+        v_tile = load_rows(v_cache, b, h, p, here, DH, BD)
+        acc, l, m = add_rows(q_row, k_tile, v_tile, here, acc, l, m)
+    partial += bh * splits * (DH + 2)
+    store_partial(partial + split * (DH + 2), acc, l, m, d, DH)
+    if is_last(arrived + bh, splits):
+        finish_token(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial, q_row,
+                     cos_d, sin_d, d, b, h, t, splits, RECURRENCE, HELD, DH, BS)
 
 
 DECODE_TILES = {                                       # for 128 channels: the fastest on an H100
@@ -2273,23 +2284,19 @@ def decode_topk(token, cache, rope, seen, splits=None):
     chosen = q.new_empty(B * h, K, dtype=torch.int32)
     scores = q.new_empty(B * h, n, dtype=torch.float32)
     BK = triton.next_power_of_2(K)
-    blocks = dict(K=K, N=rule.block, BK=BK, DH=Dh, BD=BD)
+    blocks = dict(K=K, N=rule.block, BK=BK)
     launch(decode_choose_kernel, B * h, q, token_rows(q), *rope, rows(cache.k),
            rows(cache.summaries), seen, scores, chosen, h, n, SCORE=rule.score,
-           BS=max(16, triton.next_power_of_2(n)),
-           BR=triton.next_power_of_2(rule.block), **blocks, **decode_tiles("choose", BD))
+           BS=max(16, triton.next_power_of_2(n)), BR=triton.next_power_of_2(rule.block),
+           DH=Dh, BD=BD, **blocks, **decode_tiles("choose", BD))
     tiles = decode_tiles("attend", BD)
     keys = K * rule.block + rule.window + rule.sinks
     if rule.dilation:
         keys += slots // rule.dilation
     splits = splits or split_count(B * h, keys, tiles["BN"], q.device)
-    partial = q.new_empty(B * h, splits, Dh + 2, dtype=torch.float32)
-    cached = rows(cache.k), rows(cache.v)
-    shared = *rope, *cached, seen, partial, h, log2_scale(q)
-    span = span_of(*rule.span)
-    launch(decode_blocks_kernel, (B * h, splits), q, token_rows(q), *shared, chosen,
-           GRANTED=any(rule.span), SPAN=span, **blocks, **tiles)
-    return combine(token, cache, shared, splits)
+    return launch_decode(decode_blocks_kernel, token, cache, rope, seen, splits, chosen,
+                         GRANTED=any(rule.span), SPAN=span_of(*rule.span),
+                         HELD=span_of(*cache.layout.span), **blocks, **tiles)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ a GPU. Without kernels.py everything still works.
 `python model.py D4W4S2` draws a pattern.
 """
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -480,17 +481,10 @@ class Mixing(nn.Module):
         y = y.transpose(1, 2).flatten(2)                                    # (B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                          # (5)
 
-    def step(self, x, rope, groups, seen):
-        """One token of each sequence: x (B, C) -> (B, C). The same equations, against the caches of
-        the head groups.
-
-        rope: cos and sin of the token's position. seen: (1,) int64 on the device, that position.
-        """
-        parts = self.in_proj(self.norm(x))                                  # (1)
+    def project_one(self, x):
+        """Equation (1) for one token of each sequence: x (B, C) -> Projected, parts (B, H, Dh)."""
         heads = lambda z: z.unflatten(-1, (z.shape[-1] // self.head_width, self.head_width))
-        token = parts.map(heads)                                            # (B, H, Dh)
-        y = join_heads([group.step(token, rope, seen) for group in groups])     # (2) to (5)
-        return self.out_proj(y.flatten(1))                                  # (5)
+        return self.in_proj(self.norm(x)).map(heads)
 
 
 def join_heads(parts):
@@ -519,7 +513,18 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
     def step(self, x, rope, groups, seen):
-        x = x + self.mix.step(x, rope, groups, seen)
+        """One token of each sequence: x (B, C) -> (B, C). The same equations, against the caches of
+        the head groups.
+
+        rope: cos and sin of the token's position. seen: (1,) int64 on the device, that position.
+        """
+        token = self.mix.project_one(x)                                     # (1)
+        y = join_heads([group.step(token, rope, seen) for group in groups])     # (2) to (5)
+        return self.finish_one(x, y)
+
+    def finish_one(self, x, y):
+        """The rest of (5) for one token: x (B, C), y (B, H, Dh), gated -> (B, C)."""
+        x = x + self.mix.out_proj(y.flatten(1))
         return x + self.mlp(x)
 
 
@@ -587,6 +592,19 @@ class Layout:
         """
         return self.rule.allowed(end, p)
 
+    @functools.lru_cache(maxsize=16)                   # computed once for all layers of a cache
+    def kept(self, start, end, device):
+        """Which of the positions start to end - 1 are kept, and their slots: int64, on `device`."""
+        p = torch.arange(start, end)                   # on the CPU: choosing must not wait
+        p = p[self.keeps(p, end)]
+        return p.to(device), self.slot_of(p).to(device)
+
+    @functools.lru_cache(maxsize=16)
+    def ring_slots(self, start, device):
+        """The slots of the positions before `start` that are within reach, in order of position."""
+        p = torch.arange(max(start - self.ring, 0), start)
+        return self.slot_of(p).to(device)
+
 
 class GroupCache:
     """The keys (after RoPE), the values and the recurrent state of one head group of one layer.
@@ -603,7 +621,8 @@ class GroupCache:
         shape = batch, group.n_heads, layout.slots, like.shape[-1]
         self.k = like.new_zeros(shape)
         self.v = like.new_zeros(shape)
-        self.tensors = [self.k, self.v]                # all that it allocated
+        self.tensors = [self.k, self.v]                # all that it allocated for positions
+        self.arrived = torch.zeros(batch * group.n_heads, dtype=torch.int32, device=like.device)
 
     def held(self, seen):
         """How many positions are held after `seen` tokens."""
@@ -624,9 +643,7 @@ class GroupCache:
             self.k[:, :, start:end] = k_rec
             self.v[:, :, start:end] = v_rec
             return
-        p = torch.arange(start, end)                   # chosen on the CPU, without a wait
-        p = p[self.layout.keeps(p, end)].to(self.k.device)
-        slots = self.layout.slot_of(p)
+        p, slots = self.layout.kept(start, end, self.k.device)
         self.k.index_copy_(2, slots, k_rec.index_select(2, p - start))
         self.v.index_copy_(2, slots, v_rec.index_select(2, p - start))
 
@@ -634,8 +651,7 @@ class GroupCache:
         """k_rec and v_rec with the keys and values before `start` that are within reach in front,
         in order of position.
         """
-        p = torch.arange(max(start - self.layout.ring, 0), start)
-        slots = self.layout.slot_of(p).to(self.k.device)
+        slots = self.layout.ring_slots(start, self.k.device)
         k = torch.cat((self.k.index_select(2, slots), k_rec), dim=2)
         v = torch.cat((self.v.index_select(2, slots), v_rec), dim=2)
         return k, v
@@ -790,6 +806,7 @@ class Cache:
         self.seen = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.groups = []
         self.state = []
+        self.layouts = {}                              # of each rule
         exact = torch.promote_types(dtype, torch.float32)
         for i in range(config.n_layer):
             state = weight.new_zeros(2, batch, config.state_width, dtype=exact)
@@ -802,7 +819,8 @@ class Cache:
 
     def new_group(self, group, like, state):
         block = group.rule.within(self.max_len).block or 1
-        layout = Layout(group.rule, -(-self.max_len // block) * block)      # top-k: whole blocks
+        max_len = -(-self.max_len // block) * block    # top-k: whole blocks
+        layout = self.layouts.setdefault(group.rule, Layout(group.rule, max_len))
         kind = TopkCache if group.rule.topk else GroupCache
         return kind(group, layout, like, self.batch, state[:, :, group.heads])
 
@@ -946,6 +964,12 @@ class RATPlus(nn.Module):
         """torch.compile each block by itself. They are alike: one graph a rule serves them all."""
         for block in self.blocks:
             block.compile(**options)
+
+    def compile_step(self, **options):
+        """torch.compile what a decoding step computes before and after the caches' part of it."""
+        for block in self.blocks:
+            block.mix.project_one = torch.compile(block.mix.project_one, **options)
+            block.finish_one = torch.compile(block.finish_one, **options)
 
     # Decoding. A prompt is appended in chunks, all positions of a chunk at once; then one token at
     # a time is appended.

@@ -24,7 +24,8 @@ import torch
 
 from model import PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint
 from train import (Parser, Tokenizer, add_common_flags, file_of, filled, fingerprint, header, merge,
-                   note, on_gpu, out_of_memory, pattern_flag, real, resolve_device, run, say, whole)
+                   note, on_gpu, out_of_memory, pattern_flag, real, resolve_compile, resolve_device, run,
+                   say, whole)
 
 OF_TEXT = {"prompt", "temperature", "top_k", "top_p", "max_len", "tokenizer", "out"}
 OF_BENCH = {"preset", "contexts", "max_batch"}
@@ -46,6 +47,8 @@ def sample_flags():
     parser.flag("--max-len", None, "tokens that the cache has room for; default: as needed",
                 type=whole())
     parser.flag("--tokenizer", None, "default: the checkpoint's", choices=("bytes", "gpt2", "ids"))
+    parser.switch("--compile", False, "torch.compile what a step computes before and after its "
+                  "attention: faster steps, after most of a minute")
     parser.switch("--bench", False, "time prefill and greedy decoding instead of writing text")
     parser.flag("--preset", "laptop", "of --bench without --checkpoint: the model's shape",
                 choices=[*PRESETS])
@@ -65,6 +68,16 @@ def refuse_idle(given):
             raise ValueError(f"--{name.replace('_', '-')} means nothing {where} --bench")
     if "preset" in given and "checkpoint" in given:
         raise ValueError("--preset means nothing with --checkpoint, whose shape is its own")
+
+
+def prepare(model, flags):
+    """Cast the model to --dtype, compile what --compile asks for, print the header."""
+    model.to(getattr(torch, flags.dtype))
+    if flags.compile:
+        torch._dynamo.config.recompile_limit = 64       # one graph for each size of batch
+        tuned = {"coordinate_descent_tuning": True}     # at batch 1, Triton multiplies by weights
+        model.compile_step(dynamic=False, options=tuned)
+    header(model, flags)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,7 +152,6 @@ def write(flags):
     pattern = Pattern.parse(texts[0])
     path, model, meta = load_weights(pattern, flags)
     pattern.fit(model.config)
-    model.to(getattr(torch, flags.dtype))
     coder = Tokenizer(flags.tokenizer or meta["tokenizer"])
     prompt = flags.prompt
     if prompt is None:
@@ -147,7 +159,7 @@ def write(flags):
     ids = encode_prompt(prompt, coder, model.config.vocab_size)
     max_len = room_for(len(ids), flags)
     idx = torch.tensor([ids], device=flags.device)
-    header(model, flags)
+    prepare(model, flags)
 
     start = time.perf_counter()
     cache, logits, _ = prefill(model, idx, max_len, pattern)
@@ -310,10 +322,9 @@ def bench(flags):
     else:
         with torch.device(device):
             model = RATPlus(RATConfig(vocab_size=32000, **PRESETS[flags.preset])).eval()
-    model.to(getattr(torch, flags.dtype))
     texts = "D1", *(flags.pattern or ("D16", "D64", "D16W256S4"))
     patterns = dict.fromkeys(Pattern.parse(text).fit(model.config) for text in texts)
-    header(model, flags)
+    prepare(model, flags)
     copy = copy_bandwidth(device)
     weights = sum(p.nbytes for p in model.parameters())
     print(f"{flags.checkpoint or flags.preset + ', random weights'} | a copy moves "
@@ -339,6 +350,7 @@ def main(argv=None):
     refuse_idle(given)
     flags = merge(parser.defaults, given)
     resolve_device(flags)
+    resolve_compile(flags, False)
     if flags.bench:
         bench(flags)
     else:

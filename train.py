@@ -1056,15 +1056,20 @@ def resolve_device(config):
         torch.set_num_threads(4)                            # more would only wait for one another
 
 
-def resolve_fit(config):
-    """The same, and config.compile. ValueError if flags of training do not go together."""
-    resolve_device(config)
+def resolve_compile(config, default):
+    """Fill in config.compile: False, with a note, where torch.compile lacks what it needs."""
     needs = "triton" if on_gpu(config) else os.environ.get("CXX", "g++")
     able = importlib.util.find_spec(needs) if on_gpu(config) else shutil.which(needs)
     if config.compile and not able:
         note(f"--compile: {needs} is not installed here, going on without")
-    wanted = on_gpu(config) if config.compile is None else config.compile
+    wanted = default if config.compile is None else config.compile
     config.compile = bool(wanted and able)
+
+
+def resolve_fit(config):
+    """The same, and config.compile. ValueError if flags of training do not go together."""
+    resolve_device(config)
+    resolve_compile(config, on_gpu(config))
     if config.batch_size % (WORLD * config.grad_accum):
         raise ValueError(f"--batch-size {config.batch_size} does not split into --grad-accum "
                          f"{config.grad_accum} x {WORLD} processes")
