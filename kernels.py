@@ -2610,6 +2610,7 @@ class TimedCache(NamedTuple):
     v: Tensor
     state: Tensor
     span: tuple
+    arrived: Tensor
     rule: TimedRule | None = None
     summaries: Tensor | None = None
 
@@ -2625,7 +2626,8 @@ def time_decode(B, T, name, span, H=16, Dh=128):
     D, W, S = span
     slots = S + W + (T // D if D else 0)
     state = randn(2, B, H, Dh, dtype=torch.float32)
-    cache = TimedCache(randn(B, H, slots, Dh), randn(B, H, slots, Dh), state, span)
+    arrived = torch.zeros(B * H, dtype=torch.int32, device="cuda")
+    cache = TimedCache(randn(B, H, slots, Dh), randn(B, H, slots, Dh), state, span, arrived)
     token = randn(B, 5, H, Dh).unbind(1)
     rope = randn(2, 1, Dh // 2, dtype=torch.float32)
     seen = torch.tensor([T - 1], device="cuda")
@@ -2640,7 +2642,8 @@ def time_decode_topk(B, T, name, rule, H=16, Dh=128):
     v = randn(B, H, T, Dh)
     state = randn(2, B, H, Dh, dtype=torch.float32)
     summaries = randn(B, H, T // rule.block, Dh)
-    cache = TimedCache(k, v, state, (1, 0, 0), rule, summaries)
+    arrived = torch.zeros(B * H, dtype=torch.int32, device="cuda")
+    cache = TimedCache(k, v, state, (1, 0, 0), arrived, rule, summaries)
     token = randn(B, 5, H, Dh).unbind(1)
     rope = randn(2, 1, Dh // 2, dtype=torch.float32)
     seen = torch.tensor([T - 1], device="cuda")

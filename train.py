@@ -62,8 +62,8 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
     """Train for the steps first..config.steps - 1, and yield records of how it goes.
 
     batch(step) -> idx, targets: (B, T) int64 on the CPU. pattern: of the main update, dense (D1) in
-    pretraining. arl: patterns for the sparse update before it, of which each step draws one; none:
-    no sparse update. stop(): asked after each step; True ends the training there.
+    pretraining. arl: patterns for the sparse update before it, of which each step draws one; None
+    among them: no sparse update in that step. stop(): asked after each step; True ends the training there.
 
     A record is due after the first step, at the log and eval intervals, and at the end: step (how
     many are done), losses {pattern: nats per token}, lr, norm (of the main update's gradient,
@@ -74,7 +74,7 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
     loss_fn = trainable(model, config)
     tokens = config.batch_size * config.context
     flops = flops_per_token(model, [pattern], config.context)
-    flops += flops_per_token(model, arl, config.context) / max(1, len(arl))
+    flops += flops_per_token(model, filter(None, arl), config.context) / max(1, len(arl))
     start = time.perf_counter()
     steps = 0
     for step in range(first, config.steps):
@@ -83,8 +83,8 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
             group["lr"] = lr
         parts = share(*batch(step), config)
         losses = {}
-        if arl:                                                             # (6), sparse
-            sparse = draw(arl, step, config)
+        sparse = draw(arl, step, config)
+        if sparse:                                                          # (6), sparse
             losses[str(sparse)], _ = update(loss_fn, optimizer, parts, sparse, config.clip)
         losses[str(pattern)], norm = update(loss_fn, optimizer, parts, pattern, config.clip)
         done = step + 1
@@ -127,8 +127,8 @@ def update(loss_fn, optimizer, parts, pattern, clip):
 
 def draw(patterns, step, config):
     """The pattern of a step's sparse update: the same again for the same seed and step."""
-    if len(patterns) == 1:
-        return patterns[0]
+    if len(patterns) < 2:
+        return patterns[0] if patterns else None
     return patterns[np.random.default_rng((config.seed, step, 1)).integers(len(patterns))]
 
 
@@ -1242,8 +1242,8 @@ def train_flags():
     flag("--vocab-size", None, "rounded up to a multiple of 64; default: the tokenizer's, else the "
          "largest token + 1", lambda text: in_64s(whole(1, 65536)(text)))
     parser.switch("--recurrence", True, "--no-recurrence: the attention-only baseline")
-    flag("--arl", None, "patterns of the sparse updates, of which each batch draws one, or none; "
-         "default: D64, none without recurrence", arl_flag, nargs="+")
+    flag("--arl", None, "patterns of the sparse updates, of which each batch draws one; none: no "
+         "such update; default: D64, none without recurrence", arl_flag, nargs="+")
     flag("--pattern", None, "the pattern of all updates, without ARL; it names the checkpoint",
          pattern_flag)
     flag("--checkpoint", None, "weights to start a new run from, in another --out; adapted ones go "
@@ -1301,8 +1301,6 @@ def settle(parser, given, saved):
     resolve_fit(config)
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence else ["none"]
-    if "none" in config.arl and len(config.arl) > 1:
-        raise ValueError("--arl none goes alone")
     return config
 
 
@@ -1334,8 +1332,8 @@ def main(argv=None):
                                   config.recurrence))
     model.to(config.device)
     main_pattern = Pattern.parse(pattern or "D1").fit(model.config)
-    names = [] if pattern else [name for name in dict.fromkeys(config.arl) if name != "none"]
-    arl = [Pattern.parse(name).fit(model.config) for name in names]
+    names = [] if pattern or config.arl == ["none"] else config.arl
+    arl = [None if name == "none" else Pattern.parse(name).fit(model.config) for name in names]
     kin = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
     optimizer = new_optimizer(model, config)
     first = 0
@@ -1370,7 +1368,7 @@ def main(argv=None):
                 save(step, {})
                 raise KeyboardInterrupt(f"; step {step} is saved in {path}, --resume goes on")
             if ends or step % config.eval_interval == 0:
-                patterns = (main_pattern, *arl)
+                patterns = (main_pattern, *filter(None, dict.fromkeys(arl)))
                 save(step, {str(p): evaluate(model, data.val, p, config) for p in patterns})
     if first >= config.steps:
         say(f"{path} is complete: {first} steps")

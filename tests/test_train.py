@@ -214,6 +214,13 @@ def test_arl_of_several_patterns_draws_one_for_each_batch():
     assert drawn == [next(iter(step)) for step in losses("b/dense.jsonl").values()], "by the seed and the step"
 
 
+def test_none_among_several_leaves_out_the_sparse_update_of_some_batches():
+    pretrain("--arl", "D2", "none", "--steps", 12)
+    seen = [set(step) for step in losses().values()]
+    assert {"D1"} in seen and {"D1", "D2"} in seen, seen
+    assert set(load_checkpoint("out/dense.pt")[1]["val"]) == {"D1", "D2"}
+
+
 @pytest.mark.parametrize("flags, sparse", [([], {"D64"}), (["--no-recurrence"], set()), (["--arl", "none"], set()),
                                            (["--no-recurrence", "--arl", "D4"], {"D4"}), (["--arl", "D4W0"], {"D4"})])
 def test_arl_by_default_is_d64_with_recurrence_and_none_without(flags, sparse):
@@ -1078,7 +1085,6 @@ def test_the_authors_checkpoint_is_adapted_and_fine_tuned():
     (["--data", "text", "--context", "100000"], "than the context of 100000"),
     (["--data", "text", "--arl", ""], "--arl: pattern ''"),
     (["--data", "text", "--arl", "D-1"], "'D-1'"),
-    (["--data", "text", "--arl", "none", "D4"], "--arl none goes alone"),
     (["--data", "text", "--arl", "D1/D2/D4"], "do not divide"),
     (["--data", "text", "--n-head", "3"], "heads of even width"),
     (["--data", "text", "--resume"], "out/dense.pt"),
