@@ -947,7 +947,7 @@ class RATPlus(nn.Module):
 
     def loss(self, idx, targets, pattern="D1"):
         """Mean cross-entropy in nats over the targets (B, T) that are not -100, a float32 scalar; 0
-        if every target is -100.
+        if every target is -100. A target of -1 means the same, as in nanoGPT.
 
         ValueError for targets of another shape, and on a CPU for other targets outside the
         vocabulary (see head_loss).
@@ -957,7 +957,8 @@ class RATPlus(nn.Module):
                 f"{tuple(idx.shape)} on {idx.device}")
         pattern = Pattern.parse(pattern).fit(self.config)
         x = self.norm(self.hidden(idx, pattern)).flatten(0, 1)
-        total = head_loss(x, self.embed.weight, targets.flatten().long(), self.compute_dtype)
+        targets = targets.long().masked_fill(targets == -1, -100)
+        total = head_loss(x, self.embed.weight, targets.flatten(), self.compute_dtype)
         return total / (targets != -100).sum().clamp(min=1)
 
     def compile(self, **options):

@@ -552,12 +552,14 @@ def test_loss_is_the_mean_over_targets_that_count(device):
     assert_same("loss", loss, -picked.mean())
     assert_same("loss of int32 targets", model.loss(idx, targets.int(), "D4"), loss, 0)
     assert loss.dtype == torch.float32
+    marked = targets.masked_fill(targets == -100, -1)
+    assert_same("loss of targets that -1 marks", model.loss(idx, marked, "D4"), loss, 0)
     nothing = model.loss(idx, torch.full_like(targets, -100))
     nothing.backward()
     assert nothing == 0 and model.embed.weight.grad.norm() == 0
 
 
-@pytest.mark.parametrize("wrong", [-1, 50, 10**9])
+@pytest.mark.parametrize("wrong", [-2, 50, 10**9])
 def test_targets_outside_the_vocabulary_are_never_counted_in_silence(device, wrong):
     """An error on a CPU; NaN where an error would have to wait for the device."""
     model = tiny(n_layer=1, n_head=2, n_embd=16).to(device)
