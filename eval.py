@@ -22,6 +22,7 @@ may be .xz, and may hold lists of token ids in place of texts. The likeliest cho
   ll    = sum of the log-probabilities of the tokens of " " + choice, after the query
   acc   = share of items whose gold choice has the largest ll; acc_norm: ll / characters
   nats  = -(sum of ll) / (sum of tokens), of the gold choices
+  delta = acc - acc of the model's dense row; its standard error comes from the differences by item
   With a single choice: acc = share where each of its tokens is the likeliest, ppl = exp(-mean ll)
 
 `--niah` asks for values hidden in a text, and counts those in the greedy continuation. Models must
@@ -314,6 +315,7 @@ def losses(runs):
 # Benchmarks: which choice is the likeliest after a query
 
 SIX = "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "lambada"     # the paper's
+SCORES = "acc", "acc_norm", "ppl", "nats", "stderr", "delta", "delta_stderr"
 
 
 class Choice(NamedTuple):
@@ -494,16 +496,31 @@ def score_group(items, scores):
         "ppl": perplexity(-np.mean(gold_ll)) if alone else None,
         "nats": -np.sum(gold_ll) / tokens,
         "stderr": math.sqrt(acc * (1 - acc) / max(1, len(items) - 1)),
+        "hits": np.array(hits, dtype=float),                    # 1 where the answer is right, or 0
     }
+
+
+def paired(group, dense):
+    """delta and its standard error. dense: the dense row's scores of the group, None without it."""
+    if dense is None:
+        return {"delta": None, "delta_stderr": None}
+    differences = group["hits"] - dense["hits"]
+    stderr = differences.std() / math.sqrt(max(1, len(differences) - 1))
+    return {"delta": differences.mean(), "delta_stderr": stderr}
+
+
+def mean_stderr(errors):
+    """The standard error of the mean of independent values, from theirs."""
+    return math.sqrt(sum(error ** 2 for error in errors)) / len(errors)
 
 
 def average(groups):
     """The unweighted mean over groups; of their standard errors, the mean's."""
     whole = {}
-    for name in groups[0]:
+    for name in SCORES:
         values = [group[name] for group in groups]
-        whole[name] = None if None in values else np.mean(values)
-    whole["stderr"] = math.sqrt(sum(group["stderr"] ** 2 for group in groups)) / len(groups)
+        mean = mean_stderr if name.endswith("stderr") else np.mean
+        whole[name] = None if None in values else mean(values)
     return whole
 
 
@@ -532,6 +549,11 @@ def cell(scores):
     return text
 
 
+def delta_cell(scores):
+    """delta in percentage points, and its standard error."""
+    return f"{100 * scores['delta']:+.1f} ± {100 * scores['delta_stderr']:.1f}"
+
+
 def read_tasks(run):
     """{name: Items} of the files of --choices, in the tokens of a run."""
     tasks = {}
@@ -544,42 +566,57 @@ def read_tasks(run):
     return tasks
 
 
-def score_version(run, version, tasks):
-    """({task: its scores}, {(task, group): its scores}), appended to choices.jsonl in --out."""
+def score_version(run, version, tasks, dense):
+    """({task: its scores}, {(task, group): its scores}), appended to choices.jsonl in --out.
+
+    dense: the second of these, of the run's dense row; {} before or without it.
+    """
     config = run.config
     whole = {}
     parts = {}
     for task, items in tasks.items():
         groups = score_task(version, items, config, f"{version.pattern} {version.weights} {task}")
+        for group, scores in groups.items():
+            scores.update(paired(scores, dense.get((task, group))))
+            parts[task, group] = scores
         whole[task] = {
             **run.label(version), "task": task, "items": len(items),
             **average([*groups.values()]),
             "cut": sum(item.is_cut for item in items),
             "context": config.context, "tokenizer": config.tokenizer}
         append_json(os.path.join(config.out, "choices.jsonl"), whole[task])
-        for group, scores in groups.items():
-            parts[task, group] = scores
     return whole, parts
 
 
 def benchmarks(runs):
-    """Print a table, a row as soon as it is known; with --verbose the groups below it."""
+    """Print a table, a row as soon as it is known; below it delta; with --verbose the groups."""
     all_tasks = [read_tasks(run) for run in runs]
     names = ["model", "pattern", "weights"]
     six = ["average of six"] if set(SIX) <= set(all_tasks[0]) else []
     say("\nacc in % ± its standard error / acc_norm; with a single choice: acc, ppl\n\n"
         + table_head([*names, *all_tasks[0], *six]))
+    deltas = []
     details = [table_head([*names, "task", "group", "scores"])]
     for run, tasks in zip(runs, all_tasks):
-        for version in run.versions:
+        dense = {}
+        for version in run.versions:                            # dense weights come first
             label = run.label(version).values()
-            whole, parts = score_version(run, version, tasks)
+            whole, parts = score_version(run, version, tasks, dense)
             cells = [cell(scores) for scores in whole.values()]
+            columns = [*whole.values()]
             if six:
-                cells.append(f"{100 * np.mean([whole[task]['acc'] for task in SIX]):.1f}")
+                columns.append(average([whole[task] for task in SIX]))
+                cells.append(f"{100 * columns[-1]['acc']:.1f}")
             say(table_row([*label, *cells]))
+            if version.weights == "dense":
+                dense = parts
+            elif dense:
+                deltas.append(table_row([*label, *map(delta_cell, columns)]))
             for (task, group), scores in parts.items():
                 details.append(table_row([*label, task, group, cell(scores)]))
+    if deltas:
+        say("\nacc minus that of the dense row, in percentage points ± its standard error\n\n"
+            + "\n".join([table_head([*names, *all_tasks[0], *six]), *deltas]))
     if runs[0].config.verbose:
         say("\n" + "\n".join(details))
 

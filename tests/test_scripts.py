@@ -504,6 +504,7 @@ def naive(model, items, pattern, T, encode, eot):
             "ppl": math.exp(-sum(ll) / len(ll)),
             "nats": -sum(ll) / sum(item["tokens"] for item in group),
             "stderr": (acc * (1 - acc) / max(1, len(group) - 1)) ** 0.5,
+            "hits": [item["acc"] for item in group],
         }
     return scores, cut
 
@@ -513,6 +514,24 @@ def mean_of(groups):
              ("acc", "acc_norm", "ppl", "nats")}
     whole["stderr"] = sum(group["stderr"] ** 2 for group in groups.values()) ** 0.5 / len(groups)
     return whole
+
+
+def naive_delta(groups, dense):
+    """(mean over groups of the mean difference of hits, its standard error), item by item."""
+    means = []
+    variances = []
+    for name, group in groups.items():
+        differences = [int(a) - int(b) for a, b in zip(group["hits"], dense[name]["hits"])]
+        n = len(differences)
+        mean = sum(differences) / n
+        squares = sum((difference - mean) ** 2 for difference in differences)
+        means.append(mean)
+        variances.append(squares / (n - 1) / n if n > 1 else 0)
+    return sum(means) / len(means), sum(variances) ** 0.5 / len(means)
+
+
+def points(delta, stderr):
+    return f"{100 * delta:+.1f} ± {100 * stderr:.1f}"
 
 
 def records(path="out/choices.jsonl"):
@@ -548,7 +567,7 @@ def test_choices_are_scored_as_defined(trained, capsys):
         assert record["ppl"] is None and record["items"] == 10 and record["cut"] == cut == 3
         acc, stderr, norm = (100 * record[name] for name in ("acc", "stderr", "acc_norm"))
         assert rows[pattern, weights]["mixed"] == f"{acc:.1f} ± {stderr:.1f} / {norm:.1f}, 3 cut"
-        details = [row for row in table(out, of=1) if row["task"] == "mixed"
+        details = [row for row in table(out, of=2) if row["task"] == "mixed"
                    and (row["pattern"], row["weights"]) == (pattern, weights)]
         assert [row["group"] for row in details] == list(groups)
         assert [float(row["scores"].split()[0]) for row in details] == [
@@ -561,6 +580,60 @@ def test_choices_are_scored_as_defined(trained, capsys):
         accs.add(record["acc"])
     assert max(accs) > 0, "the likeliest token is right somewhere"
     assert "\rD4 adapted mixed: 100%, ETA 0 s" in err
+
+
+def test_delta_pairs_the_items_with_those_of_the_dense_row_of_the_same_model(trained, capsys):
+    attention_only("plain", context=8)
+    random = np.random.default_rng(0)
+    grouped = []
+    for i in range(36):
+        query, *choices = ["".join(map(str, random.integers(0, 10, n))) for n in (5, 3, 3)]
+        grouped.append({"query": query, "choices": choices, "gold": i % 2,
+                        "group": "aaaaabbbc"[i % 9]})
+    files = {"grouped": grouped, "single": SINGLE}
+    for name, items in files.items():
+        write_items(f"{name}.jsonl", items)
+    on_cpu("eval", "--choices", "grouped.jsonl", "single.jsonl", "--compare", "out", "plain",
+           "--pattern", "D4", "W0")
+    out = capsys.readouterr().out
+    names = "model", "pattern", "weights"
+    rows = {tuple(row[name] for name in names): row for row in table(out, of=1)}
+    assert list(rows) == [
+        ("RAT+ (out)", "D4", "switched"), ("RAT+ (out)", "D4", "adapted"),
+        ("RAT+ (out)", "W0", "switched"), ("attention-only (plain)", "D4", "switched"),
+        ("attention-only (plain)", "W0", "switched")]
+    dense = {}
+    unequal = set()
+    for record in records():
+        label = tuple(record[name] for name in names)
+        model, pattern, weights = label
+        folder, T = ("plain", 8) if "plain" in model else ("out", 32)
+        weights_of, _ = load_checkpoint(f"{folder}/{'D4' if weights == 'adapted' else 'dense'}.pt")
+        task = record["task"]
+        groups, _ = naive(weights_of, files[task], pattern, T, of_bytes, 256)
+        if weights == "dense":
+            dense[model, task] = groups
+            assert record["delta"] is record["delta_stderr"] is None and label not in rows
+            continue
+        delta, stderr = naive_delta(groups, dense[model, task])
+        assert abs(record["delta"] - delta) < 1e-9, (record, delta)
+        assert abs(record["delta_stderr"] - stderr) < 1e-9, (record, stderr)
+        assert rows[label][task] == points(record["delta"], record["delta_stderr"])
+        if delta and stderr:
+            unequal.add((model, task))
+    assert len(records()) == 14
+    for model in ("RAT+ (out)", "attention-only (plain)"):
+        assert (model, "grouped") in unequal, "a pattern changes hits of several groups"
+
+
+def test_delta_needs_a_dense_row(trained, capsys):
+    write_items("mixed.jsonl", ITEMS)
+    on_cpu("eval", "--choices", "mixed.jsonl", "--checkpoint", "out/D4.pt",
+           "--pattern", "D1")
+    on_cpu("eval", "--choices", "mixed.jsonl", "--pattern", "D1")
+    assert capsys.readouterr().out.count("\n|---") == 2, "no second table"
+    assert [(r["pattern"], r["weights"], r["delta"], r["delta_stderr"]) for r in records()] == [
+        ("D1", "switched", None, None), ("D4", "adapted", None, None), ("D1", "dense", None, None)]
 
 
 @needs_gpt2
@@ -621,16 +694,25 @@ def test_a_limit_takes_the_first_items_and_xz_is_unpacked(trained, capsys):
 
 def test_the_average_is_over_the_six_of_the_paper(trained, capsys):
     for i, name in enumerate(evaluation.SIX):
-        write_items(f"{name}.jsonl", ITEMS[i:i + 4])
+        write_items(f"{name}.jsonl", SINGLE if name == "lambada" else ITEMS[i:i + 4])
     write_items("sciq.jsonl", ITEMS)
     files = [f"{name}.jsonl" for name in (*evaluation.SIX, "sciq")]
     on_cpu("eval", "--choices", *files, "--pattern", "D4")
-    rows = rows_of(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    rows = rows_of(out)
     for (pattern, weights), row in rows.items():
         accs = [r["acc"] for r in records() if r["task"] != "sciq"
                 and (r["pattern"], r["weights"]) == (pattern, weights)]
         assert len(accs) == 6 and row["average of six"] == f"{100 * np.mean(accs):.1f}"
     assert len(rows) == 3
+    deltas = table(out, of=1)
+    assert [row["weights"] for row in deltas] == ["switched", "adapted"]
+    for row in deltas:
+        six = [r for r in records() if r["task"] != "sciq" and r["weights"] == row["weights"]]
+        delta = sum(r["delta"] for r in six) / 6
+        stderr = sum(r["delta_stderr"] ** 2 for r in six) ** 0.5 / 6
+        assert len(six) == 6 and row["average of six"] == points(delta, stderr)
+    assert delta and stderr, "the adapted weights score otherwise"
     on_cpu("eval", "--choices", *files[1:], "--pattern", "D4")
     assert "average" not in capsys.readouterr().out
 
