@@ -605,11 +605,11 @@ def within(x, n: tl.constexpr):
 
 @jit
 def sees_near(t, p, ITSELF: tl.constexpr, SPAN: tl.constexpr):
-    """Does a query at t see p, which is not lasting, in the window before it? ITSELF 1: or is p the
-    query itself?
-    """
-    p = tl.where(is_lasting(p, SPAN), FAR, p)
-    return within(t - p - 1 + ITSELF, SPAN.window + ITSELF)
+    """Is p before t, at most `reach` away, and does the query at t see it? ITSELF 1: or is p = t?"""
+    sees = within(t - p - 1 + ITSELF, SPAN.reach + ITSELF)
+    if SPAN.window < SPAN.reach:  # not for today's patterns
+        sees = sees & allowed(t, p, SPAN)
+    return sees
 
 
 @jit
@@ -695,14 +695,14 @@ def slot_in_use(n, t, SPAN: tl.constexpr):
 # The idea: the keys that a query at t sees are of three kinds, and every key is of one kind only:
 #
 #   itself     p = t
-#   lasting    p < t, a sink or on the grid: every query from p on sees it
-#   near       p < t in the window, not lasting
+#   near       before t, at most `reach` away
+#   lasting    farther back, a sink or on the grid: every later query sees it too
 #
 # The lasting positions form a list, j -> p. A program owns BM queries of one head. Itself starts
 # the online softmax (m: largest score, l: sum, acc: weighted values), so no query is ever without a
 # key. Then come tiles of BN lasting keys, gathered row by row from the list, and tiles of BN
-# neighbours from the range of the window, in which lasting keys are masked. So cost grows with T /
-# D + S + W.
+# neighbours. Most tiles of a wide window are seen by all BM queries, so they need no mask. So cost
+# grows with T / D + S + W.
 #
 # Scores are in units of log2: scale = log2(e) / sqrt(Dh), so that exp2, which the hardware has,
 # replaces exp. lse = m + log2(l) is kept for the backward pass. Grid: query blocks x B x H, the
@@ -713,11 +713,23 @@ def slot_in_use(n, t, SPAN: tl.constexpr):
 # through memory.
 
 @jit
+def dot_rows(x, y):
+    """The products (M, N) of rows x (M, BD) and rows y (N, BD)."""
+    return tl.dot(x, tl.trans(y), input_precision="ieee")
+
+
+@jit
 def add_keys(q, k, v, sees, scale, acc, l, m):
     """One step of the online softmax: BN keys more. q (BM, BD); k, v (BN, BD); sees (BM, BN); acc
     (BM, BD); l, m (BM,).
     """
-    s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
+    s = tl.where(sees, dot_rows(q, k), -float("inf"))
+    return add_scores(s, v, scale, acc, l, m)
+
+
+@jit
+def add_scores(s, v, scale, acc, l, m):
+    """The same from their scores s (BM, BN)."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     shrink = tl.exp2(m - m_new)
@@ -758,7 +770,7 @@ def attention_forward_kernel(
     m = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
     l = tl.full((BM,), 1, tl.float32)
     acc = load_rows(v, b, h, t - origin, live, DH, BD).to(tl.float32)
-    n = count_lasting(end, SPAN)
+    n = count_lasting(tl.maximum(end - 1 - SPAN.reach, 0), SPAN)
     for j0 in tl.range(0, n, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
         p = lasting(j, n, SPAN)                                                         # (BN,)
@@ -769,12 +781,21 @@ def attention_forward_kernel(
         else:
             k_tile = load_rows(k, b, h, p, j < n, DH, BD)
             v_tile = load_rows(v, b, h, p, j < n, DH, BD)
-        sees = p[None, :] < t[:, None]
+        sees = p[None, :] < t[:, None] - SPAN.reach
         acc, l, m = add_keys(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
     if SPAN.reach > 0:
-        first = tl.maximum(start + row - SPAN.reach, 0)
-        for p0 in tl.range(first, end, BN, num_stages=STAGES):
+        begin = start + row
+        first = tl.maximum(begin - SPAN.reach, 0)
+        inner = tl.cdiv(tl.maximum(end - 1 - SPAN.window - first, 0), BN) * BN
+        inner = tl.minimum(first + inner, begin)       # from here to `begin` all queries see all
+        whole = (begin - inner) // BN * BN
+        for p0 in tl.range(inner, inner + whole, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
+            k_tile = load_rows(k, b, h, p - origin, p >= 0, DH, BD)
+            v_tile = load_rows(v, b, h, p - origin, p >= 0, DH, BD)
+            acc, l, m = add_scores(dot_rows(q_tile, k_tile), v_tile, scale, acc, l, m)
+        for edge in tl.range(first, end - whole, BN, num_stages=STAGES):        # before, behind
+            p = tl.where(edge < inner, edge, edge + whole) + tl.arange(0, BN)
             k_tile = load_rows(k, b, h, p - origin, p < end, DH, BD)
             v_tile = load_rows(v, b, h, p - origin, p < end, DH, BD)
             sees = sees_near(t[:, None], p[None, :], 0, SPAN)
@@ -836,13 +857,13 @@ def attention_backward_q_kernel(
         store_rows(dk, b, h, t, (own_ds * factor)[:, None] * q_tile.to(tl.float32), mine, DH, BD)
         store_rows(dv, b, h, t, own_p[:, None] * dy_tile.to(tl.float32), mine, DH, BD)
     acc = own_ds[:, None] * own_k
-    n = count_lasting(end, SPAN)
+    n = count_lasting(tl.maximum(end - 1 - SPAN.reach, 0), SPAN)
     for j0 in tl.range(0, n, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
         p = lasting(j, n, SPAN)
         k_tile = load_rows(k, b, h, p, j < n, DH, BD)
         v_tile = load_rows(v, b, h, p, j < n, DH, BD)
-        sees = p[None, :] < t[:, None]
+        sees = p[None, :] < t[:, None] - SPAN.reach
         acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
     if SPAN.reach > 0:
         window = tl.maximum(first - SPAN.reach, 0)
@@ -878,7 +899,7 @@ def attention_backward_kv_kernel(
         end = T
     else:
         p = j
-        live = (j < n) & (is_lasting(j, SPAN) == 0)
+        live = (j < n) & (is_lasting(j, SPAN) == 0)    # the others' rows are computed in vain
         end = tl.minimum(tile * BN + BN + SPAN.reach, T)
     first = tl.min(p)
     k_tile = load_rows(k, b, h, p, live, DH, BD)                                        # (BN, BD)
@@ -1390,12 +1411,6 @@ def decode(token, cache, rope, seen, splits=None):
 WORD = tl.constexpr(64)                                # queries that share a word
 LOWEST = tl.constexpr(-3e38)                           # the least score of a past block
 BOTTOM = tl.constexpr(-0x7f800001 * 2**31)             # -inf as the search has it
-
-
-@jit
-def dot_rows(x, y):
-    """The products (M, N) of rows x (M, BD) and rows y (N, BD)."""
-    return tl.dot(x, tl.trans(y), input_precision="ieee")
 
 
 @jit
@@ -2583,7 +2598,8 @@ def flex_topk(q, summaries, rule, T):
         return (p <= t) & (chosen[b, h, t, p // rule.block] | granted)
 
     B, H = q.shape[:2]
-    block_mask = create_block_mask(mask, B, H, T, T, "cuda", _compile=True)    # not T x T
+    whole = torch.compile(create_block_mask)           # uncompiled it would hold B H T T numbers
+    block_mask = whole(mask, B, H, T, T, "cuda")
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
 
@@ -2665,22 +2681,29 @@ SPANS = {
 }
 
 
-def timings(quick):
-    """All rows; quick: every second shape and pattern."""
+WORKS = "recurrence", "attention", "top-k", "decode"
+
+
+def timings(works, quick):
+    """The rows of these works; quick: every second shape and pattern."""
     every = 2 if quick else 1
-    for shape in ((4, 8192, 2048), (1, 65536, 2048), (32, 2048, 512))[::every]:
-        yield from time_recurrence(*shape)
-    for shape in ((4, 16, 8192, 128), (8, 12, 4096, 64))[::every]:
-        for name in ("D16", "D64", "D16W256S4", "W1024S4")[::every]:
-            yield from time_attention(*shape, name, SPANS[name])
-    for shape in ((4, 16, 8192, 128), (1, 16, 16384, 128))[::every]:
+    if "recurrence" in works:
+        for shape in ((4, 8192, 2048), (1, 65536, 2048), (32, 2048, 512))[::every]:
+            yield from time_recurrence(*shape)
+    if "attention" in works:
+        for shape in ((4, 16, 8192, 128), (8, 12, 4096, 64))[::every]:
+            for name in ("D16", "D64", "D16W256S4", "W1024S4")[::every]:
+                yield from time_attention(*shape, name, SPANS[name])
+    if "top-k" in works:
+        for shape in ((4, 16, 8192, 128), (1, 16, 16384, 128))[::every]:
+            for name, rule in RULES.items():
+                yield from time_topk(*shape, name, rule)
         for name, rule in RULES.items():
-            yield from time_topk(*shape, name, rule)
-    for name, rule in RULES.items():
-        yield from time_decode_topk(44, 16384, name, rule)
-    for B, T in ((128, 4096), (64, 16384))[::every]:
-        for name in ("D1", "D16", "D64", "D16W256S4")[::every]:
-            yield from time_decode(B, T, name, SPANS[name])
+            yield from time_decode_topk(44, 16384, name, rule)
+    if "decode" in works:
+        for B, T in ((128, 4096), (64, 16384))[::every]:
+            for name in ("D1", "D16", "D64", "D16W256S4")[::every]:
+                yield from time_decode(B, T, name, SPANS[name])
 
 
 def limits():
@@ -2725,7 +2748,11 @@ def row(timing, bandwidth, rate):
 def main():
     parser = argparse.ArgumentParser(description="Time the kernels on a GPU beside PyTorch's own.")
     parser.add_argument("--quick", action="store_true", help="every second shape and pattern")
-    quick = parser.parse_args().quick
+    parser.add_argument("work", nargs="*", help=f"of {', '.join(WORKS)}; default: all")
+    flags = parser.parse_args()
+    unknown = sorted({*flags.work} - {*WORKS})
+    if unknown:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(WORKS)}")
     if not torch.cuda.is_available():
         sys.exit("kernels.py times kernels on a GPU, and there is none; tests/ check them on a CPU")
     print(f"torch {torch.__version__} | {path('cuda')}")
@@ -2736,7 +2763,7 @@ def main():
           "error: relative, of the first output, to the last peer.\n\n"
           "| work | ms | limit ms | of limit | error | peers, ms (times ours) |\n"
           "|---|---|---|---|---|---|")
-    for timing in timings(quick):
+    for timing in timings(flags.work or WORKS, flags.quick):
         print(row(timing, bandwidth, rate), flush=True)
 
 

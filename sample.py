@@ -75,8 +75,10 @@ def prepare(model, flags):
     model.to(getattr(torch, flags.dtype))
     if flags.compile:
         torch._dynamo.config.recompile_limit = 64       # one graph for each size of batch
-        tuned = {"coordinate_descent_tuning": True}     # at batch 1, Triton multiplies by weights
-        model.compile_step(dynamic=False, options=tuned)
+        options = {"coordinate_descent_tuning": True}   # at batch 1, Triton multiplies by weights
+        if on_gpu(flags) and torch.cuda.get_device_capability()[0] >= 9:
+            options["triton.enable_pdl"] = True         # a kernel starts while the last one ends
+        model.compile_step(dynamic=False, options=options)
     header(model, flags)
 
 

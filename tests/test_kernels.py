@@ -130,7 +130,8 @@ def test_cross_entropy(V, dtype):
     assert z.equal(before)
     assert_same("loss", kernels.cross_entropy_(z, y, grad=True), expected, floor=1e-1)
     expected.sum().backward()
-    assert_same("dz", z, exact.grad, LIMITS[dtype], floor=1e-3)
+    floor = 1e-3 if V > 1 else 10                      # of one class the gradient is 0, but for rounding
+    assert_same("dz", z, exact.grad, LIMITS[dtype], floor)
 
 
 def test_cross_entropy_of_a_wrong_target_is_nan():
@@ -198,8 +199,8 @@ def test_twins_are_their_originals(span):
     for t in range(T + 1):
         sees = rule.allowed(t, p)
         assert allowed[t, :T].bool().equal(sees), f"allowed at {t}"
-        alone = (sees & ~lasting).int()
-        assert near[t, :T].equal(2 * alone + alone * (p < t)), f"sees_near at {t}"
+        close = (sees & (t - p <= rule.reach)).int()
+        assert near[t, :T].equal(2 * close + close * (p < t)), f"sees_near at {t}"
         past = p[lasting & (p < t)].int()
         assert listed[t, :len(past)].equal(past), f"lasting before {t}"
         assert (listed[t, len(past):] == FAR).all(), f"lasting before {t} goes on"
