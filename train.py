@@ -73,10 +73,10 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
     """
     loss_fn = trainable(model, config)
     tokens = config.batch_size * config.context
-    flops = flops_per_token(model, [pattern], config.context)
-    flops += flops_per_token(model, arl, config.context) / max(1, len(arl))
+    flops = sum(flops_per_token(model, p, config.context) for p in arl) / max(1, len(arl))
+    flops += flops_per_token(model, pattern, config.context)
     start = time.perf_counter()
-    steps = 0
+    since = first
     for step in range(first, config.steps):
         lr = schedule(step, config)
         for group in optimizer.param_groups:
@@ -88,13 +88,12 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
             losses[str(sparse)], _ = update(loss_fn, optimizer, parts, sparse, config.clip)
         losses[str(pattern)], norm = update(loss_fn, optimizer, parts, pattern, config.clip)
         done = step + 1
-        steps += 1
         stopped = stop()
         due = done % config.log_interval == 0 or done % config.eval_interval == 0
         if not (due or stopped or step == first or done == config.steps):
             continue
         values, norm = measured(losses, norm, done)
-        seconds = (time.perf_counter() - start) / steps
+        seconds = (time.perf_counter() - start) / (done - since)
         if step == first:
             say(f"first step in {seconds:.1f} s{', compilation included' * config.compile}")
         yield dict(step=done, losses=values, lr=lr, norm=norm, ms=1e3 * seconds,
@@ -103,7 +102,7 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
         if stopped:
             return
         start = time.perf_counter()
-        steps = 0
+        since = done
 
 
 def update(loss_fn, optimizer, parts, pattern, clip):
@@ -145,7 +144,7 @@ def schedule(step, config):
 
 
 def new_optimizer(model, config):
-    """AdamW with weight decay on all parameters, as in the authors' code."""
+    """AdamW with weight decay on all parameters, as the authors do."""
     return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
                              weight_decay=config.weight_decay, fused=True)
 
@@ -225,10 +224,9 @@ def evaluate(model, tokens, pattern, config):
     loss_fn = Loss(model, config)
     windows = evenly(tokens, config)
     size = config.eval_batch
-    batches = [windows[i:i + size] for i in range(0, len(windows), size)]
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in batches[RANK::WORLD]:
-        idx, targets = cut(tokens, batch, config.context)
+    for i in range(RANK * size, len(windows), WORLD * size):
+        idx, targets = cut(tokens, windows[i:i + size], config.context)
         count = (targets != -100).sum().item()
         loss = loss_fn(move(idx, config), move(targets, config), pattern).item()
         sums += torch.tensor([count * loss, count])
@@ -251,16 +249,15 @@ def peak_flops(config):
     return math.inf
 
 
-def flops_per_token(model, patterns, T):
-    """Floating-point operations per token of one update under each pattern, backward included.
+def flops_per_token(model, pattern, T):
+    """Floating-point operations per token of an update, backward included.
 
     6 for each weight of a matrix (the tied embedding counts once, as the head), and 12 C for each
     layer and key that the pattern allows. The recurrence and elementwise work are left out.
     """
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     per_key = 12 * model.config.n_embd * model.config.n_layer
-    keys = [pattern.keys_per_token(model.config, T) for pattern in patterns]
-    return sum(6 * weights + per_key * n for n in keys)
+    return 6 * weights + per_key * pattern.keys_per_token(model.config, T)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -411,43 +408,43 @@ def run(main):
 # --------------------------------------------------------------------------------------------------
 # Batches. A Stream is one or several files of tokens, and a window is a pair (file, offset).
 
-class Stream:
-    """Files of tokens, numbered one after the other. No window reaches into the next file.
+class Bin(NamedTuple):
+    """A file of tokens, mapped from disk, and what was seen in it."""
+    path: str
+    tokens: np.ndarray                  # (n,) uint16
+    mask: np.ndarray = None             # (n,) uint8, 1 where a token counts as a target; None: all
+    largest: int = 0
+    has_gpt2_eot: bool = False
+    key: str = ""                       # tells these tokens from others
 
-    files: [(tokens, mask)]: (n,) uint16 mapped from disk, and (n,) uint8, 1 where a token counts as
-    a target, or None where all do. T: tokens per window; limit: the vocabulary's size; name: for
-    messages; key: tells these tokens from others.
+
+class Stream:
+    """Bins of tokens, numbered one after the other. No window reaches into the next file.
+
+    T: tokens per window; limit: the vocabulary's size. With a mask, all windows lie side by side,
+    so that samples of T tokens stay whole.
     """
 
-    def __init__(self, files, T, limit=65536, name="data", key=""):
+    def __init__(self, files, T, limit=65536):
         self.files = files
         self.T = T
         self.limit = limit
-        self.name = name
-        self.key = key
-        self.masked = any(mask is not None for _, mask in files)
-        self.offsets = [len(tokens) - T for tokens, _ in files]             # where a window starts
-        self.whole = [(len(tokens) - 1) // T for tokens, _ in files]        # windows side by side
+        self.masked = any(file.mask is not None for file in files)
+        self.stride = T if self.masked else 1       # between the windows that may be drawn
 
     def __len__(self):
-        return sum(len(tokens) for tokens, _ in self.files)
+        return sum(len(file.tokens) for file in self.files)
 
-    def anywhere(self, numbers):
-        """The windows (file, offset) of numbers below sum(self.offsets)."""
-        return [locate(number, self.offsets) for number in numbers]
+    def counts(self, stride):
+        """How many windows each file has, if one begins every `stride` tokens."""
+        return [(len(file.tokens) - self.T - 1) // stride + 1 for file in self.files]
 
-    def side_by_side(self, numbers):
-        """Those of numbers below sum(self.whole). Their offsets are multiples of T."""
-        places = [locate(number, self.whole) for number in numbers]
-        return [(file, place * self.T) for file, place in places]
-
-
-def locate(number, sizes):
-    """The (file, place) of a number, where each file holds `sizes` of them."""
-    for file, size in enumerate(sizes):
-        if number < size:
-            return file, int(number)
-        number -= size
+    def windows(self, numbers, stride):
+        """The windows of some numbers, each below sum(self.counts(stride))."""
+        ends = np.cumsum(self.counts(stride))
+        files = np.searchsorted(ends, numbers, side="right")
+        places = numbers - np.append(0, ends)[files]
+        return list(zip(files.tolist(), (places * stride).tolist()))
 
 
 def in_order(step, config, stream):
@@ -457,32 +454,28 @@ def in_order(step, config, stream):
     again when it is used up. What a step reads does not depend on how many steps there will be.
     Offsets are multiples of T, so that samples of T tokens stay whole.
     """
-    windows = sum(stream.whole)
-    if windows < config.batch_size:                         # rows would read the same
+    count = sum(stream.counts(stream.T))
+    if count < config.batch_size:                           # rows would read the same
         return at_random(step, config, stream)
-    edges = np.arange(config.batch_size + 1) * windows // config.batch_size
-    return stream.side_by_side(edges[:-1] + step % np.diff(edges))
+    edges = np.arange(config.batch_size + 1) * count // config.batch_size
+    return stream.windows(edges[:-1] + step % np.diff(edges), stream.T)
 
 
 def at_random(step, config, stream):
     """Windows at random offsets, the same for the same seed and step.
 
-    Files are drawn in proportion to their sizes. With a mask, windows lie side by side, so that
-    samples of T tokens stay whole.
+    Files are drawn in proportion to their sizes.
     """
     rng = np.random.default_rng((config.seed, step))
-    if stream.masked:
-        return stream.side_by_side(rng.integers(0, sum(stream.whole), config.batch_size))
-    return stream.anywhere(rng.integers(0, sum(stream.offsets), config.batch_size))
+    numbers = rng.integers(0, sum(stream.counts(stream.stride)), config.batch_size)
+    return stream.windows(numbers, stream.stride)
 
 
 def evenly(stream, config):
-    """The windows of a validation, spread evenly; with a mask side by side, so that samples of T
-    tokens stay whole."""
-    windows = sum(stream.whole)
-    last = (windows if stream.masked else sum(stream.offsets)) - 1
-    numbers = np.linspace(0, last, min(config.eval_windows, windows)).astype(int)
-    return stream.side_by_side(numbers) if stream.masked else stream.anywhere(numbers)
+    """The windows of a validation, spread evenly."""
+    most = min(config.eval_windows, sum(stream.counts(stream.T)))
+    numbers = np.linspace(0, sum(stream.counts(stream.stride)) - 1, most).astype(int)
+    return stream.windows(numbers, stream.stride)
 
 
 def cut(stream, windows, T, eot=-1):
@@ -491,15 +484,16 @@ def cut(stream, windows, T, eot=-1):
     That is a target whose mask is 0, and the one after end-of-text, since the first token of
     another document can't be known. ValueError for a token beyond the vocabulary.
     """
-    tokens = [stream.files[file][0][at:at + T + 1] for file, at in windows]
+    tokens = [stream.files[file].tokens[at:at + T + 1] for file, at in windows]
     tokens = torch.from_numpy(np.stack(tokens).astype(np.int64))
     if tokens.max() >= stream.limit:
-        raise ValueError(f"{stream.name}: token {tokens.max()} is beyond the vocabulary of "
+        paths = " ".join(file.path for file in stream.files)
+        raise ValueError(f"{paths}: token {tokens.max()} is beyond the vocabulary of "
                          f"{stream.limit}")
     idx = tokens[:, :-1]
     targets = tokens[:, 1:].masked_fill(idx == eot, -100)
     for row, (file, at) in enumerate(windows):
-        mask = stream.files[file][1]
+        mask = stream.files[file].mask
         if mask is not None:
             counts = torch.from_numpy(mask[at + 1:at + T + 1] == 1)
             targets[row].masked_fill_(~counts, -100)
@@ -531,35 +525,33 @@ def load_data(config, vocab_size=None):
         raise ValueError("--split-on is for texts, and --data holds tokens")
     coder = Tokenizer(config.tokenizer)
     folders = [folder_of(source, config, coder) for source in config.data]
-    train = [scan(os.path.join(folder, "train.bin")) for folder in folders]
-    val = [scan(os.path.join(folder, "val.bin")) for folder in folders]
+    train = [open_bin(os.path.join(folder, "train.bin"), config.context) for folder in folders]
+    val = [open_bin(os.path.join(folder, "val.bin"), config.context) for folder in folders]
     if config.eot is None:
-        gpt2 = any(file["has_gpt2_eot"] for file in train + val)
+        gpt2 = any(file.has_gpt2_eot for file in train + val)
         config.eot = coder.eot or (GPT2_EOT if gpt2 else -1)
-    largest = max(file["largest"] for file in train + val)
-    size = vocab_size or in_64s(coder.size or largest + 1)
+    size = vocab_size or in_64s(coder.size or max(file.largest for file in train + val) + 1)
     if config.eot >= size:
         raise ValueError(f"--eot {config.eot} is beyond the vocabulary of {size}")
+    for file in train + val:
+        if file.largest >= size:
+            raise ValueError(f"{file.path}: token {file.largest} is beyond the vocabulary of "
+                             f"{size}")
     sources = {}
-    for source, *keys in zip(config.data, train, val):
-        sources[source] = " ".join(file["key"] for file in keys)
+    for source, *files in zip(config.data, train, val):
+        sources[source] = " ".join(file.key for file in files)
         was = config.sources.get(source, sources[source])
         if was != sources[source]:
             note(f"warning: {source} has changed since the run (then {was}, now {sources[source]}"
                  "): validation may hold what was trained on")
     config.sources = sources
-    streams = open_stream(train, config, size), open_stream(val, config, size)
-    require_targets(streams[1], config)
-    return Data(*streams, size, " ".join(sources.values()))
-
-
-def require_targets(stream, config):
-    """ValueError, before any training, if a mask leaves the validation without a target."""
-    if not stream.masked:
-        return
-    _, targets = cut(stream, evenly(stream, config), config.context)
-    if (targets == -100).all():
-        raise ValueError(f"{stream.name}: the mask lets no target count in the validation windows")
+    data = Data(Stream(train, config.context, size), Stream(val, config.context, size), size,
+                key=" ".join(sources.values()))
+    if data.val.masked:
+        _, targets = cut(data.val, evenly(data.val, config), config.context)
+        if (targets == -100).all():
+            raise ValueError(f"{val[0].path}: the mask lets no target count in the validation")
+    return data
 
 
 GPT2_EOT = 50256
@@ -586,24 +578,18 @@ def folder_of(source, config, coder):
     return tokenize(source, coder.name, config.split_on)
 
 
-def open_stream(files, config, limit):
-    """The Stream of files that were scanned, with the masks beside them (train.mask.bin)."""
-    opened = []
-    for file in files:
-        path, n = file["path"], file["tokens"]
-        if n <= config.context:
-            raise ValueError(f"{path}: {n} tokens; it must hold more uint16 tokens than the "
-                             f"context of {config.context}: give more data or a smaller --context")
-        if file["largest"] >= limit:
-            raise ValueError(f"{path}: token {file['largest']} is beyond the vocabulary of {limit}")
-        tokens = np.memmap(path, "<u2", "r", file["offset"], (n,))
-        beside = path.removesuffix(".bin") + ".mask.bin"
-        mask = np.memmap(beside, np.uint8, "r") if os.path.exists(beside) else None
-        if mask is not None and len(mask) != n:
-            raise ValueError(f"{beside}: {len(mask)} bytes for {n} tokens; one byte each is wanted")
-        opened.append((tokens, mask))
-    names = " ".join(file["path"] for file in files)
-    return Stream(opened, config.context, limit, names, " ".join(file["key"] for file in files))
+def open_bin(path, T):
+    """The Bin of a file of more than T tokens, with the mask beside it (train.mask.bin)."""
+    offset, n = read_head(path)
+    if n <= T:
+        raise ValueError(f"{path}: {n} tokens; it must hold more uint16 tokens than the context of "
+                         f"{T}: give more data or a smaller --context")
+    tokens = np.memmap(path, "<u2", "r", offset, (n,))
+    beside = path.removesuffix(".bin") + ".mask.bin"
+    mask = np.memmap(beside, np.uint8, "r") if os.path.exists(beside) else None
+    if mask is not None and len(mask) != n:
+        raise ValueError(f"{beside}: {len(mask)} bytes for {n} tokens; one byte each is wanted")
+    return Bin(path, tokens, mask, *scan(tokens, path))
 
 
 FOREIGN = {b"\x93NUMPY": "a NumPy .npy file", b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet",
@@ -619,62 +605,46 @@ def read_head(path):
     with open(path, "rb") as f:
         head = f.read(4096)
     size = os.path.getsize(path)
-    header = np.frombuffer(head[:1024 if len(head) >= 1024 else 0], "<i4").tolist()
+    header = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
     words = np.frombuffer(head[:len(head) // 2 * 2], "<u2")
-    kinds = [kind for magic, kind in FOREIGN.items() if head.startswith(magic)]
+    high = words[1::2]                      # of numbers of 32 bits: nothing large, and many zeros
+    seen = [kind for magic, kind in FOREIGN.items() if head.startswith(magic)]
     if size % 2:
-        kinds.append(f"{size} bytes, an odd number: is it cut off")
-    elif header and header[0] in (20240520, 20240801):
+        seen.append(f"{size} bytes, an odd number: is it cut off")
+    elif header[0] in (20240520, 20240801):
         tokens = (size - 1024) // 2
-        if header[:3] == [20240520, 1, tokens]:
+        if header == [20240520, 1, tokens]:
             return 1024, tokens
-        kinds.append(f"{tokens} uint16 after a header of magic, version and tokens {header[:3]}")
-    elif len(words) >= 32 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
-        kinds.append(f"text, like {head[:20]!r}")
-    elif len(words) >= 32 and high_words(words[1::2]) and words[::2].max() > 3:
-        kinds.append("numbers of 32 or 64 bits")
-    if kinds:
-        raise ValueError(f"{path} holds {kinds[0]}; uint16 tokens are wanted, as nanoGPT or llm.c "
+        seen.append(f"{tokens} uint16 after a header of magic, version and tokens {header}")
+    elif len(words) >= 32 and re.fullmatch(rb"[\t\n\r -~]+", head):
+        seen.append(f"text, like {head[:20]!r}")
+    elif len(words) >= 32 and high.max() <= 3 < words.max() and (high == 0).mean() > 1 / 4:
+        seen.append("numbers of 32 or 64 bits")
+    if seen:
+        raise ValueError(f"{path} holds {seen[0]}; uint16 tokens are wanted, as nanoGPT or llm.c "
                          "write them")
     return 0, size // 2
 
 
-def high_words(words):
-    """Whether words look like the upper halves of 32-bit numbers: many zeros, and nothing large."""
-    return words.max() <= 3 and (words == 0).mean() > 1 / 4
+def scan(tokens, path, chunk=2**20, chunks=64):
+    """The largest token, whether GPT-2's end-of-text occurs, and a key that tells them from others.
 
-
-def scan(path, chunk=2**20, chunks=64):
-    """What is known of a .bin: path, offset, tokens, largest, has_gpt2_eot, key. It takes a second.
-
-    All of a file is read up to 64 chunks of 2^20 tokens, and of a larger one as many, evenly
-    spread. The answer is kept in .cache, for the file of that path, size and time.
+    All tokens are read up to 64 chunks of 2^20, and of more as many chunks, evenly spread.
     """
-    path = os.path.abspath(path)
-    stat = os.stat(path)
-    memo = f".cache/scan-{digest([path, stat.st_size, stat.st_mtime_ns])}.json"
-    with contextlib.suppress(OSError, ValueError), open(memo) as f:
-        return json.load(f)
-    offset, n = read_head(path)
+    n = len(tokens)
     starts = np.linspace(0, max(0, n - chunk), min(chunks, -(-n // chunk))).astype(int)
     largest = 0
     has_gpt2_eot = False
     content = hashlib.sha1()
-    for start in starts.tolist():
-        tokens = np.fromfile(path, "<u2", chunk, offset=offset + 2 * start)
-        largest = max(largest, int(tokens.max()))
-        has_gpt2_eot = has_gpt2_eot or bool((tokens == GPT2_EOT).any())
-        content.update(tokens)
+    for start in starts:
+        part = tokens[start:start + chunk]
+        largest = max(largest, int(part.max()))
+        has_gpt2_eot = has_gpt2_eot or bool((part == GPT2_EOT).any())
+        content.update(part)
     if n > chunk * chunks:
         note(f"{path}: {chunk * chunks / 1e6:.0f}M of {n / 1e6:.0f}M tokens were searched for the "
              "largest token and end-of-text, the others are checked as batches are read")
-    found = dict(path=path, offset=offset, tokens=n, largest=largest, has_gpt2_eot=has_gpt2_eot,
-                 key=f"{n} tokens {content.hexdigest()[:8]}")
-    with contextlib.suppress(OSError):
-        os.makedirs(".cache", exist_ok=True)
-        with open(memo, "w") as f:
-            json.dump(found, f)
-    return found
+    return largest, has_gpt2_eot, f"{n} tokens {content.hexdigest()[:8]}"
 
 
 def digest(values):

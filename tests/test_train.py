@@ -102,10 +102,9 @@ def settings(**given):
     return train.merge(train.train_flags().defaults, flags, given)
 
 
-def stream(*files, T=8, **options):
-    """A Stream of arrays; of (tokens, mask) pairs with masks."""
-    files = [file if isinstance(file, tuple) else (np.asarray(file), None) for file in files]
-    return train.Stream([(np.asarray(tokens, np.uint16), mask) for tokens, mask in files], T, **options)
+def stream(*files, T=8):
+    """A Stream of arrays."""
+    return train.Stream([train.Bin("a.bin", np.asarray(tokens, np.uint16)) for tokens in files], T)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -353,7 +352,7 @@ def test_flops_are_those_of_the_matrix_products_and_the_keys():
         products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
         keys = sum(Pattern.parse("D8W2,D1").mask(T, layer).sum().item() / T for layer in (0, 1))
         expected = products / idx.numel() + 12 * 32 * keys      # 2 products of 2 C FLOPs a key; backward is twice forward
-        assert abs(train.flops_per_token(model, [Pattern.parse("D8W2,D1")], T) / expected - 1) < 1e-9
+        assert abs(train.flops_per_token(model, Pattern.parse("D8W2,D1"), T) / expected - 1) < 1e-9
 
 
 @pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L4", 121),
@@ -371,7 +370,7 @@ def test_the_peak_is_known_by_the_cards_name(monkeypatch, name, peak):
 
 def places(data, windows):
     """Offsets of windows in the concatenated files."""
-    before = np.cumsum([0, *(len(tokens) for tokens, _ in data.files)])
+    before = np.cumsum([0, *(len(file.tokens) for file in data.files)])
     return [int(before[file]) + at for file, at in windows]
 
 
@@ -529,7 +528,7 @@ def test_small_vocabularies_are_no_numbers_of_32_bits():
         assert load_bins()[0].vocab_size == 64
 
 
-def test_a_huge_file_is_looked_at_in_part_once_and_its_batches_are_checked(capsys):
+def test_a_huge_file_is_looked_at_in_part_and_its_batches_are_checked(capsys):
     bins([3, 70, 1] * 30)
     try:
         os.truncate("bins/train.bin", 200 * 10**9)
@@ -545,15 +544,9 @@ def test_a_huge_file_is_looked_at_in_part_once_and_its_batches_are_checked(capsy
     with open("bins/train.bin", "r+b") as f:                    # not where it was looked at
         f.seek(2 * 3 * 10**9)
         f.write(np.array([999], "<u2"))
-        os.utime(f.fileno(), ns=(0, 0))
     data, _ = load_bins()
     with pytest.raises(ValueError, match="token 999 is beyond the vocabulary of 128"):
         train.cut(data.train, [(0, 3 * 10**9 - 4)], 8)
-    calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(np, "fromfile", lambda *args, **kwargs: calls.append(args))
-        load_bins()
-    assert not calls, "the answer is kept"
 
 
 def test_changed_data_are_noticed_by_adaptation_and_by_a_resumed_run(capsys):
@@ -597,7 +590,7 @@ def split(data):
     """The texts of the training and the validation data, as sets."""
     sides = []
     for part in (data.train, data.val):
-        tokens = np.concatenate([np.asarray(tokens) for tokens, _ in part.files])
+        tokens = np.concatenate([np.asarray(file.tokens) for file in part.files])
         pieces = np.split(tokens, np.flatnonzero(tokens == 256) + 1)
         sides.append({bytes(piece[:-1].astype(np.uint8)).decode() for piece in pieces if len(piece)})
     return sides
