@@ -37,10 +37,8 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 from dataclasses import asdict
-from glob import glob
 from typing import NamedTuple
 
 import numpy as np
@@ -324,11 +322,10 @@ def stop_signals():
         if WORLD == 1:                      # torchrun passes on Ctrl-C as a second signal
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
-    for number in before:
-        signal.signal(number, ask)
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: summed(torch.tensor(len(asked))).item() > 0
     finally:
@@ -679,11 +676,12 @@ def documents(source):
     walk = single if os.path.isfile(root) else os.walk(root, followlinks=True)
     for folder, folders, names in walk:
         real = os.path.realpath(folder)
-        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__pycache__"))
-                      and real not in visited and not (stdlib and name in SKIPPED)]
         if real in visited:                                             # a link back to a parent
+            folders.clear()
             continue
         visited.add(real)
+        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__pycache__"))
+                      and not (stdlib and name in SKIPPED)]
         for name in names:
             path = os.path.join(folder, name)
             wanted = name.endswith(".py") if stdlib else not name.startswith(".")
@@ -764,14 +762,12 @@ def tokenize(source, tokenizer, split_on=None):
         return folder
     os.makedirs(".cache", exist_ok=True)
     with lock(".cache/lock", wait=True):
-        for leftover in glob(".cache/*.tmp"):               # of processes that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
         if not os.path.exists(folder):
-            with tempfile.TemporaryDirectory(suffix=".tmp", dir=".cache") as scratch:
-                partial = os.path.join(scratch, "tokens")
-                os.mkdir(partial)
-                write_tokens(source, docs, Tokenizer(tokenizer), split_on, partial)
-                os.rename(partial, folder)
+            partial = ".cache/unfinished"
+            shutil.rmtree(partial, ignore_errors=True)      # of a process that was stopped
+            os.mkdir(partial)
+            write_tokens(source, docs, Tokenizer(tokenizer), split_on, partial)
+            os.rename(partial, folder)
     return folder
 
 
@@ -792,9 +788,10 @@ def write_tokens(source, docs, coder, split_on, folder):
     with (open(os.path.join(folder, "train.bin"), "wb") as train,
           open(os.path.join(folder, "val.bin"), "wb") as val):
         for i, (doc, end) in enumerate(zip(texts, ends), 1):
-            for count in write_document(doc.path, end, coder, split_on, (train, val)):
-                total += count
-                if count > 1e5 or i % 100 == 0 or i == len(texts):
+            for side, tokens in document_tokens(doc.path, end, coder, split_on):
+                tokens.tofile((train, val)[side])
+                total += len(tokens)
+                if len(tokens) > 1e5 or i % 100 == 0 or i == len(texts):
                     with contextlib.suppress(OSError):          # stderr may have been closed
                         print(f"\rtokenizing {source}: {i}/{len(texts)} texts, "
                               f"{total / 1e6:.1f}M {coder.name} tokens", end="", file=sys.stderr,
@@ -802,13 +799,10 @@ def write_tokens(source, docs, coder, split_on, folder):
     note("")
 
 
-def write_document(path, border, coder, split_on, files):
-    """Append a text's tokens to the two files: those before and after the border (bytes).
-
-    Yields how many tokens were written, piece by piece.
-    """
+def document_tokens(path, border, coder, split_on):
+    """Yield a text's tokens in pieces: (0, tokens) before the border (bytes), (1, tokens) after."""
     place = 0
-    written = set()
+    sides = set()
     for piece in pieces(path, split_on):
         length = max(1, len(piece.encode()))
         share = min(1, max(0, border - place) / length)     # of the piece, before the border
@@ -816,15 +810,12 @@ def write_document(path, border, coder, split_on, files):
         if 0 < middle < len(piece):
             middle = last_border(piece[:middle], split_on)
         place += length
-        for file, part in zip(files, (piece[:middle], piece[middle:])):
+        for side, part in enumerate((piece[:middle], piece[middle:])):
             if part:
-                tokens = encode(part, coder, split_on)
-                file.write(tokens.tobytes())
-                written.add(file)
-                yield len(tokens)
-    for file in written:
-        file.write(np.array([coder.eot], "<u2").tobytes())
-        yield 1
+                sides.add(side)
+                yield side, encode(part, coder, split_on)
+    for side in sides:
+        yield side, np.array([coder.eot], "<u2")
 
 
 LONG_RUN = re.compile(r"(\s{1000}|\S{10000})")              # a million blanks are too much for BPE
@@ -1061,7 +1052,8 @@ def header(model, config):
 
 OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}         # not saved
 OF_A_RUN = {"checkpoint", "pattern", "seed", "dtype"}                   # saved, not inherited
-FREE = {"steps", "log_interval", "eval_interval", "eval_batch", "grad_accum", "checkpointing"}
+FREE = {"steps", "log_interval", "eval_interval", "eval_batch",         # may differ with --resume,
+        "grad_accum", "checkpointing"}                                  # the losses stay the same
 
 
 def recorded(flags):
@@ -1106,56 +1098,45 @@ def fingerprint(model):
     return hashlib.md5(weights.tobytes()).hexdigest()[:8]
 
 
-def log_of(path):
-    return path.removesuffix(".pt") + ".jsonl"
-
-
-def set_aside(path):
-    """Rename the files of an earlier run, so that they can't pass for those of the new one."""
-    for old in (path, log_of(path)):
-        if RANK == 0 and os.path.exists(old):
-            os.replace(old, f"{old}.old")
-
-
 @contextlib.contextmanager
 def open_log(path, step=0):
     """The JSONL log beside the checkpoint `path`, which is locked meanwhile.
 
-    At step 0 the files of an earlier run are set aside. Otherwise the log keeps its whole records
-    up to `step`, so that a resumed run has each step once. Torn lines are left out.
+    At step 0 the files of an earlier run are renamed, so that they can't pass for those of the new
+    one. Otherwise the log keeps its records up to `step`: a resumed run has each step once.
     """
     if RANK:
         yield open(os.devnull, "w")
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with lock(f"{path.removesuffix('.pt')}.lock"):
-        kept = whole_records(log_of(path), step) if step else []
-        if not step:
-            set_aside(path)
-        with open(f"{log_of(path)}.tmp", "w") as f:
-            f.writelines(kept)
-        os.replace(f.name, log_of(path))
-        with open(log_of(path), "a") as log:
+    name = path.removesuffix(".pt")
+    log_path = f"{name}.jsonl"
+    with lock(f"{name}.lock"):
+        if step == 0:
+            for old in filter(os.path.exists, (path, log_path)):
+                os.replace(old, f"{old}.old")
+        elif os.path.exists(log_path):
+            keep_records(log_path, step)
+        with open(log_path, "a") as log:
             yield log
 
 
-def whole_records(path, step):
-    """The lines of a log that are JSON records of up to `step` steps."""
+def keep_records(path, step):
+    """Rewrite a log with its records of up to `step` steps. Torn lines are left out."""
     kept = []
     torn = 0
-    if not os.path.exists(path):
-        return kept
     with open(path, errors="replace") as f:
-        for line in f:
+        for line in f.read().splitlines():
             try:
-                record = json.loads(line)
-                if record.get("step", 0) <= step and line.endswith("\n"):
-                    kept.append(line)
-            except (ValueError, AttributeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
                 torn += 1
     if torn:
         note(f"{path}: {torn} torn lines are left out")
-    return kept
+    with open(f"{path}.tmp", "w") as f:
+        f.writelines(kept)
+    os.replace(f.name, path)
 
 
 def report(log, text, **record):
@@ -1176,8 +1157,9 @@ def log_line(record, config):
 
 def memory(config):
     """What a validation line says of the GPU's memory."""
-    used = torch.cuda.max_memory_allocated() / 2**30 if on_gpu(config) else 0
-    return f" | peak {used:.1f} GiB" * on_gpu(config)
+    if not on_gpu(config):
+        return ""
+    return f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1227,8 +1209,9 @@ def only_pattern(given, meta):
 
     ValueError if these or --arl contradict one another.
     """
-    alone = "adapt" in meta or meta.get("train", {}).get("pattern")
-    own = meta["pattern"] if alone or meta.get("pattern", "D1") != "D1" else None
+    own = meta.get("pattern")
+    if own == "D1" and "adapt" not in meta and not meta.get("train", {}).get("pattern"):
+        own = None                          # trained dense, with ARL or without
     pattern = given.get("pattern", own)
     if own not in (None, pattern):
         raise ValueError(f"--pattern {pattern}: {given['checkpoint']} was trained in {own} alone")
