@@ -86,7 +86,7 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
             losses[str(sparse)], _ = update(loss_fn, optimizer, parts, sparse, config.clip)
         losses[str(pattern)], norm = update(loss_fn, optimizer, parts, pattern, config.clip)
         done = step + 1
-        stopped = stop()
+        stopped = stop() and done < config.steps
         due = done % config.log_interval == 0 or done % config.eval_interval == 0
         if not (due or stopped or step == first or done == config.steps):
             continue
@@ -214,17 +214,17 @@ def move(z, config):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")               # compiling would take longer than it saves
-def evaluate(model, tokens, pattern, config):
+def evaluate(model, stream, pattern, config):
     """Mean loss (nats per token) over the targets in windows spread evenly over a Stream.
 
     Every target counts, after end-of-text too, but for those that a mask excludes.
     """
     loss_fn = Loss(model, config)
-    windows = evenly(tokens, config)
+    windows = evenly(stream, config)
     size = config.eval_batch
     sums = torch.zeros(2, dtype=torch.float64)
     for i in range(RANK * size, len(windows), WORLD * size):
-        idx, targets = cut(tokens, windows[i:i + size], config.context)
+        idx, targets = cut(stream, windows[i:i + size])
         count = (targets != -100).sum().item()
         loss = loss_fn(move(idx, config), move(targets, config), pattern).item()
         sums += torch.tensor([count * loss, count])
@@ -275,10 +275,7 @@ RANK, LOCAL_RANK, WORLD = from_torchrun()
 
 
 def summed(values):
-    """The sum of a CPU tensor over the processes, which wait here for one another.
-
-    ConnectionError if one of them has ended.
-    """
+    """The sum of a CPU tensor over all processes. ConnectionError if one of them has ended."""
     if WORLD == 1:
         return values
     try:
@@ -341,14 +338,12 @@ def lock(path, wait=False):
     file = open(path, "a")
     if fcntl is None:
         return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:                                    # unlike a collective, waiting here has no time limit
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        if not wait:
-            file.close()
-            raise ValueError(f"{path}: another run is writing there; --out names another folder "
-                             "for this one") from error
-        fcntl.flock(file, fcntl.LOCK_EX)    # as long as it takes: no collective that times out
+        file.close()
+        raise ValueError(f"{path}: another run is writing there; --out names another folder for "
+                         "this one") from error
     return file
 
 
@@ -459,10 +454,7 @@ def in_order(step, config, stream):
 
 
 def at_random(step, config, stream):
-    """Windows at random offsets, the same for the same seed and step.
-
-    Files are drawn in proportion to their sizes.
-    """
+    """Windows at random offsets of all files, the same again for the same seed and step."""
     rng = np.random.default_rng((config.seed, step))
     numbers = rng.integers(0, sum(stream.counts(stream.stride)), config.batch_size)
     return stream.windows(numbers, stream.stride)
@@ -475,12 +467,13 @@ def evenly(stream, config):
     return stream.windows(numbers, stream.stride)
 
 
-def cut(stream, windows, T, eot=-1):
+def cut(stream, windows, eot=-1):
     """The tokens of windows: idx, targets (B, T) int64; a target of -100 does not count.
 
     That is a target whose mask is 0, and the one after end-of-text, since the first token of
     another document can't be known. ValueError for a token beyond the vocabulary.
     """
+    T = stream.T
     tokens = [stream.files[file].tokens[at:at + T + 1] for file, at in windows]
     tokens = torch.from_numpy(np.stack(tokens).astype(np.int64))
     if tokens.max() >= stream.limit:
@@ -545,7 +538,7 @@ def load_data(config, vocab_size=None):
     data = Data(Stream(train, config.context, size), Stream(val, config.context, size), size,
                 key=" ".join(sources.values()))
     if data.val.masked:
-        _, targets = cut(data.val, evenly(data.val, config), config.context)
+        _, targets = cut(data.val, evenly(data.val, config))
         if (targets == -100).all():
             raise ValueError(f"{val[0].path}: the mask lets no target count in the validation")
     return data
@@ -644,11 +637,6 @@ def scan(tokens, path, chunk=2**20, chunks=64):
     return largest, has_gpt2_eot, f"{n} tokens {content.hexdigest()[:8]}"
 
 
-def digest(values):
-    """Eight hex digits that tell plain values from others."""
-    return hashlib.md5(json.dumps(values).encode()).hexdigest()[:8]
-
-
 # --------------------------------------------------------------------------------------------------
 # Texts: found, split, and tokenized in pieces, so that a file of any size fits in memory
 
@@ -672,8 +660,9 @@ def documents(source):
     root = sysconfig.get_path("stdlib") if stdlib else source
     found = []
     visited = set()
-    single = [(os.path.dirname(root), [], [os.path.basename(root)])]
-    walk = single if os.path.isfile(root) else os.walk(root, followlinks=True)
+    walk = os.walk(root, followlinks=True)
+    if os.path.isfile(root):
+        walk = [(os.path.dirname(root), [], [os.path.basename(root)])]
     for folder, folders, names in walk:
         real = os.path.realpath(folder)
         if real in visited:                                             # a link back to a parent
@@ -749,20 +738,18 @@ def encode(text, coder, split_on):
 
 
 def tokenize(source, tokenizer, split_on=None):
-    """Tokenize a source of texts, once; the folder under .cache with its train.bin and val.bin.
-
-    One process at a time does it. Others wait, and find it done.
-    """
+    """Tokenize a source of texts, once; the folder under .cache with its train.bin and val.bin."""
     docs = documents(source)
     stamps = [(doc.name, doc.size, os.path.getmtime(doc.path)) for doc in docs]
     name = os.path.basename(source.rstrip(os.sep))[:80]
-    key = digest(["split by name", source, tokenizer, split_on, stamps])
+    told_apart = json.dumps(["split by name", source, tokenizer, split_on, stamps])
+    key = hashlib.md5(told_apart.encode()).hexdigest()[:8]
     folder = os.path.join(".cache", f"{name}-{tokenizer}-{key}")
     if os.path.exists(folder):
         return folder
     os.makedirs(".cache", exist_ok=True)
     with lock(".cache/lock", wait=True):
-        if not os.path.exists(folder):
+        if not os.path.exists(folder):                      # else another process has done it
             partial = ".cache/unfinished"
             shutil.rmtree(partial, ignore_errors=True)      # of a process that was stopped
             os.mkdir(partial)
@@ -870,10 +857,7 @@ class Tokenizer:
 # The command line, shared by the scripts
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that returns only what was typed, and raises ValueError for errors.
-
-    defaults: {name: value} of the flags, for `merge`.
-    """
+    """An ArgumentParser that returns only what was typed. Its `defaults` are for `merge`."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
@@ -884,27 +868,24 @@ class Parser(argparse.ArgumentParser):
     def flag(self, name, default, help, type=str, **options):
         """Add a flag. Its help ends with the default, if that is a value."""
         self.defaults[name[2:].replace("-", "_")] = default
-        if default not in (None, ()) and default is not False:
+        if default not in (None, ()) and not isinstance(default, bool):
             several = isinstance(default, (list, tuple))
             shown = " ".join(map(str, default)) if several else default
             help = f"{help}; default: {shown}"
-        if options.get("action") != "store_true":
+        if "action" not in options:
             options["type"] = type
         self.add_argument(name, help=help.replace("%", "%%"), **options)
 
     def switch(self, name, default, help):
-        self.defaults[name[2:].replace("-", "_")] = default
-        self.add_argument(name, help=help, action=argparse.BooleanOptionalAction)
+        """Add --name and --no-name."""
+        self.flag(name, default, help, action=argparse.BooleanOptionalAction)
 
-    def error(self, message):
+    def error(self, message):           # run makes one line of it
         raise ValueError(f"{message} (see --help)")
 
 
 def merge(*layers):
-    """One Namespace of several dicts; later dicts win. This is the only place of precedence.
-
-    The scripts call it as merge(defaults, preset and recipe, checkpoint, given).
-    """
+    """One Namespace of several dicts. Later ones win: defaults, preset, checkpoint, given."""
     config = {}
     for layer in layers:
         config.update(layer)
@@ -1052,8 +1033,8 @@ def header(model, config):
 
 OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}         # not saved
 OF_A_RUN = {"checkpoint", "pattern", "seed", "dtype"}                   # saved, not inherited
-FREE = {"steps", "log_interval", "eval_interval", "eval_batch",         # may differ with --resume,
-        "grad_accum", "checkpointing"}                                  # the losses stay the same
+FREE = {"steps", "log_interval", "eval_interval", "eval_batch", "grad_accum", "checkpointing"}
+# A resumed run may have other FREE flags: more steps prolong it, the others change no result.
 
 
 def recorded(flags):
@@ -1205,10 +1186,7 @@ def arl_flag(text):
 
 
 def only_pattern(given, meta):
-    """The pattern of all updates, from --pattern or an adapted --checkpoint; None: dense, with ARL.
-
-    ValueError if these or --arl contradict one another.
-    """
+    """The pattern of all updates, of --pattern or an adapted --checkpoint; None: dense, with ARL."""
     own = meta.get("pattern")
     if own == "D1" and "adapt" not in meta and not meta.get("train", {}).get("pattern"):
         own = None                          # trained dense, with ARL or without
@@ -1221,10 +1199,7 @@ def only_pattern(given, meta):
 
 
 def of_checkpoint(path, model, meta, given, known):
-    """What a checkpoint says of the flags in `known`: all of them for --resume, else `of_run`.
-
-    ValueError if a flag in `given` contradicts it.
-    """
+    """What a checkpoint says of the flags in `known`: all of them for --resume, else `of_run`."""
     shape = asdict(model.config)
     unknown = {*meta.get("train", {})} - {*known}
     if unknown:
@@ -1282,19 +1257,18 @@ def main(argv=None):
                                   config.recurrence))
     model.to(config.device)
     main_pattern = Pattern.parse(pattern or "D1").fit(model.config)
-    names = [] if pattern else [name for name in dict.fromkeys(config.arl) if name != "none"]
+    names = [] if pattern or config.arl == ["none"] else list(dict.fromkeys(config.arl))
     arl = [Pattern.parse(name).fit(model.config) for name in names]
     kin = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
     optimizer = new_optimizer(model, config)
-    first = 0
+    first = meta["step"] if config.resume else 0
     if config.resume:
         optimizer.load_state_dict(meta["optimizer"])
-        first = meta["step"]
     header(model, config)
 
     def batch(step):
         windows = at_random if config.random else in_order
-        return cut(data.train, windows(step, config, data.train), config.context, config.eot)
+        return cut(data.train, windows(step, config, data.train), config.eot)
 
     def save(step, val):
         if RANK == 0:
@@ -1311,7 +1285,7 @@ def main(argv=None):
         for record in fit(model, config, batch, optimizer, main_pattern, arl, first, stop):
             step = record["step"]
             ends = step == config.steps
-            stopped = record.pop("stopped") and not ends
+            stopped = record.pop("stopped")
             if ends or stopped or step % config.log_interval == 0:
                 report(log, log_line(record, config), **record)
             if stopped:

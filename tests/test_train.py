@@ -376,10 +376,10 @@ def places(data, windows):
 
 def test_no_loss_where_the_input_is_end_of_text():
     data = stream([5, 6, 256, 7, 8, 256, 9, 1, 2], T=7)
-    idx, targets = train.cut(data, [(0, 0), (0, 1)], 7, eot=256)
+    idx, targets = train.cut(data, [(0, 0), (0, 1)], eot=256)
     assert idx.tolist() == [[5, 6, 256, 7, 8, 256, 9], [6, 256, 7, 8, 256, 9, 1]]
     assert targets.tolist() == [[6, 256, -100, 8, 256, -100, 1], [256, -100, 8, 256, -100, 1, 2]]
-    assert (train.cut(data, [(0, 0)], 7)[1] == -100).sum() == 0
+    assert (train.cut(data, [(0, 0)])[1] == -100).sum() == 0
 
 
 def test_reading_in_order_reads_all_once_and_does_not_depend_on_steps():
@@ -421,7 +421,7 @@ def test_several_sources_are_read_one_after_the_other_and_all_are_validated(monk
     config = settings(data=[os.path.abspath("a"), os.path.abspath("b")], eval_windows=6)
     data = train.load_data(config)
     assert len(data.train) == 360 and len(data.val) == 120
-    read = [train.cut(data.train, train.in_order(step, config, data.train), 8)[0] for step in range(10)]
+    read = [train.cut(data.train, train.in_order(step, config, data.train))[0] for step in range(10)]
     rows = torch.stack(read).transpose(0, 1).flatten(1)
     assert set(rows[0].tolist()) == {3, 1} and set(rows[3].tolist()) == {5, 2}
     assert {file for file, _ in train.evenly(data.val, config)} == {0, 1}
@@ -495,7 +495,7 @@ def test_the_header_of_llm_c_is_read_past():
     Path("bins/val.bin").write_bytes(llmc(300))
     data, _ = load_bins()
     assert len(data.train) == 500 and len(data.val) == 300 and data.vocab_size == 64
-    assert train.cut(data.train, [(0, 0)], 8)[0].tolist() == [list(range(8))]
+    assert train.cut(data.train, [(0, 0)])[0].tolist() == [list(range(8))]
 
 
 @pytest.mark.parametrize("raw, why", [
@@ -546,7 +546,7 @@ def test_a_huge_file_is_looked_at_in_part_and_its_batches_are_checked(capsys):
         f.write(np.array([999], "<u2"))
     data, _ = load_bins()
     with pytest.raises(ValueError, match="token 999 is beyond the vocabulary of 128"):
-        train.cut(data.train, [(0, 3 * 10**9 - 4)], 8)
+        train.cut(data.train, [(0, 3 * 10**9 - 4)])
 
 
 def test_changed_data_are_noticed_by_adaptation_and_by_a_resumed_run(capsys):
