@@ -1186,7 +1186,7 @@ def arl_flag(text):
 
 
 def only_pattern(given, meta):
-    """The pattern of all updates, of --pattern or an adapted --checkpoint; None: dense, with ARL."""
+    """The one pattern of all updates, of --pattern or an adapted --checkpoint; None: dense, ARL."""
     own = meta.get("pattern")
     if own == "D1" and "adapt" not in meta and not meta.get("train", {}).get("pattern"):
         own = None                          # trained dense, with ARL or without
