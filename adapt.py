@@ -82,7 +82,7 @@ def main(argv=None):
 
     def batch(step):
         windows = at_random(step, config, data.train)
-        return cut(data.train, windows, config.context, config.eot)
+        return cut(data.train, windows, config.eot)
 
     dense_loss = evaluate(dense_model, data.val, "D1", config)
     rows = ["| pattern | dense loss | sparse before | sparse after |", "|---|---|---|---|"]

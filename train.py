@@ -37,10 +37,8 @@ import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 from dataclasses import asdict
-from glob import glob
 from typing import NamedTuple
 
 import numpy as np
@@ -73,10 +71,11 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
     """
     loss_fn = trainable(model, config)
     tokens = config.batch_size * config.context
-    flops = flops_per_token(model, [pattern], config.context)
-    flops += flops_per_token(model, filter(None, arl), config.context) / max(1, len(arl))
+    drawn = filter(None, arl)
+    flops = sum(flops_per_token(model, p, config.context) for p in drawn) / max(1, len(arl))
+    flops += flops_per_token(model, pattern, config.context)
     start = time.perf_counter()
-    steps = 0
+    since = first
     for step in range(first, config.steps):
         lr = schedule(step, config)
         for group in optimizer.param_groups:
@@ -88,13 +87,12 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
             losses[str(sparse)], _ = update(loss_fn, optimizer, parts, sparse, config.clip)
         losses[str(pattern)], norm = update(loss_fn, optimizer, parts, pattern, config.clip)
         done = step + 1
-        steps += 1
-        stopped = stop()
+        stopped = stop() and done < config.steps
         due = done % config.log_interval == 0 or done % config.eval_interval == 0
         if not (due or stopped or step == first or done == config.steps):
             continue
         values, norm = measured(losses, norm, done)
-        seconds = (time.perf_counter() - start) / steps
+        seconds = (time.perf_counter() - start) / (done - since)
         if step == first:
             say(f"first step in {seconds:.1f} s{', compilation included' * config.compile}")
         yield dict(step=done, losses=values, lr=lr, norm=norm, ms=1e3 * seconds,
@@ -103,7 +101,7 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
         if stopped:
             return
         start = time.perf_counter()
-        steps = 0
+        since = done
 
 
 def update(loss_fn, optimizer, parts, pattern, clip):
@@ -145,7 +143,7 @@ def schedule(step, config):
 
 
 def new_optimizer(model, config):
-    """AdamW with weight decay on all parameters, as in the authors' code."""
+    """AdamW with weight decay on all parameters, as the authors do."""
     return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
                              weight_decay=config.weight_decay, fused=True)
 
@@ -217,18 +215,17 @@ def move(z, config):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")               # compiling would take longer than it saves
-def evaluate(model, tokens, pattern, config):
+def evaluate(model, stream, pattern, config):
     """Mean loss (nats per token) over the targets in windows spread evenly over a Stream.
 
     Every target counts, after end-of-text too, but for those that a mask excludes.
     """
     loss_fn = Loss(model, config)
-    windows = evenly(tokens, config)
+    windows = evenly(stream, config)
     size = config.eval_batch
-    batches = [windows[i:i + size] for i in range(0, len(windows), size)]
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in batches[RANK::WORLD]:
-        idx, targets = cut(tokens, batch, config.context)
+    for i in range(RANK * size, len(windows), WORLD * size):
+        idx, targets = cut(stream, windows[i:i + size])
         count = (targets != -100).sum().item()
         loss = loss_fn(move(idx, config), move(targets, config), pattern).item()
         sums += torch.tensor([count * loss, count])
@@ -251,16 +248,15 @@ def peak_flops(config):
     return math.inf
 
 
-def flops_per_token(model, patterns, T):
-    """Floating-point operations per token of one update under each pattern, backward included.
+def flops_per_token(model, pattern, T):
+    """Floating-point operations per token of an update, backward included.
 
     6 for each weight of a matrix (the tied embedding counts once, as the head), and 12 C for each
     layer and key that the pattern allows. The recurrence and elementwise work are left out.
     """
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     per_key = 12 * model.config.n_embd * model.config.n_layer
-    keys = [pattern.keys_per_token(model.config, T) for pattern in patterns]
-    return sum(6 * weights + per_key * n for n in keys)
+    return 6 * weights + per_key * pattern.keys_per_token(model.config, T)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,10 +276,7 @@ RANK, LOCAL_RANK, WORLD = from_torchrun()
 
 
 def summed(values):
-    """The sum of a CPU tensor over the processes, which wait here for one another.
-
-    ConnectionError if one of them has ended.
-    """
+    """The sum of a CPU tensor over all processes. ConnectionError if one of them has ended."""
     if WORLD == 1:
         return values
     try:
@@ -327,11 +320,10 @@ def stop_signals():
         if WORLD == 1:                      # torchrun passes on Ctrl-C as a second signal
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
-    for number in before:
-        signal.signal(number, ask)
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: summed(torch.tensor(len(asked))).item() > 0
     finally:
@@ -347,14 +339,12 @@ def lock(path, wait=False):
     file = open(path, "a")
     if fcntl is None:
         return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:                                    # unlike a collective, waiting here has no time limit
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        if not wait:
-            file.close()
-            raise ValueError(f"{path}: another run is writing there; --out names another folder "
-                             "for this one") from error
-        fcntl.flock(file, fcntl.LOCK_EX)    # as long as it takes: no collective that times out
+        file.close()
+        raise ValueError(f"{path}: another run is writing there; --out names another folder for "
+                         "this one") from error
     return file
 
 
@@ -411,43 +401,43 @@ def run(main):
 # --------------------------------------------------------------------------------------------------
 # Batches. A Stream is one or several files of tokens, and a window is a pair (file, offset).
 
-class Stream:
-    """Files of tokens, numbered one after the other. No window reaches into the next file.
+class Bin(NamedTuple):
+    """A file of tokens, mapped from disk, and what was seen in it."""
+    path: str
+    tokens: np.ndarray                  # (n,) uint16
+    mask: np.ndarray = None             # (n,) uint8, 1 where a token counts as a target; None: all
+    largest: int = 0
+    has_gpt2_eot: bool = False
+    key: str = ""                       # tells these tokens from others
 
-    files: [(tokens, mask)]: (n,) uint16 mapped from disk, and (n,) uint8, 1 where a token counts as
-    a target, or None where all do. T: tokens per window; limit: the vocabulary's size; name: for
-    messages; key: tells these tokens from others.
+
+class Stream:
+    """Bins of tokens, numbered one after the other. No window reaches into the next file.
+
+    T: tokens per window; limit: the vocabulary's size. With a mask, all windows lie side by side,
+    so that samples of T tokens stay whole.
     """
 
-    def __init__(self, files, T, limit=65536, name="data", key=""):
+    def __init__(self, files, T, limit=65536):
         self.files = files
         self.T = T
         self.limit = limit
-        self.name = name
-        self.key = key
-        self.masked = any(mask is not None for _, mask in files)
-        self.offsets = [len(tokens) - T for tokens, _ in files]             # where a window starts
-        self.whole = [(len(tokens) - 1) // T for tokens, _ in files]        # windows side by side
+        self.masked = any(file.mask is not None for file in files)
+        self.stride = T if self.masked else 1       # between the windows that may be drawn
 
     def __len__(self):
-        return sum(len(tokens) for tokens, _ in self.files)
+        return sum(len(file.tokens) for file in self.files)
 
-    def anywhere(self, numbers):
-        """The windows (file, offset) of numbers below sum(self.offsets)."""
-        return [locate(number, self.offsets) for number in numbers]
+    def counts(self, stride):
+        """How many windows each file has, if one begins every `stride` tokens."""
+        return [(len(file.tokens) - self.T - 1) // stride + 1 for file in self.files]
 
-    def side_by_side(self, numbers):
-        """Those of numbers below sum(self.whole). Their offsets are multiples of T."""
-        places = [locate(number, self.whole) for number in numbers]
-        return [(file, place * self.T) for file, place in places]
-
-
-def locate(number, sizes):
-    """The (file, place) of a number, where each file holds `sizes` of them."""
-    for file, size in enumerate(sizes):
-        if number < size:
-            return file, int(number)
-        number -= size
+    def windows(self, numbers, stride):
+        """The windows of some numbers, each below sum(self.counts(stride))."""
+        ends = np.cumsum(self.counts(stride))
+        files = np.searchsorted(ends, numbers, side="right")
+        places = numbers - np.append(0, ends)[files]
+        return list(zip(files.tolist(), (places * stride).tolist()))
 
 
 def in_order(step, config, stream):
@@ -457,49 +447,44 @@ def in_order(step, config, stream):
     again when it is used up. What a step reads does not depend on how many steps there will be.
     Offsets are multiples of T, so that samples of T tokens stay whole.
     """
-    windows = sum(stream.whole)
-    if windows < config.batch_size:                         # rows would read the same
+    count = sum(stream.counts(stream.T))
+    if count < config.batch_size:                           # rows would read the same
         return at_random(step, config, stream)
-    edges = np.arange(config.batch_size + 1) * windows // config.batch_size
-    return stream.side_by_side(edges[:-1] + step % np.diff(edges))
+    edges = np.arange(config.batch_size + 1) * count // config.batch_size
+    return stream.windows(edges[:-1] + step % np.diff(edges), stream.T)
 
 
 def at_random(step, config, stream):
-    """Windows at random offsets, the same for the same seed and step.
-
-    Files are drawn in proportion to their sizes. With a mask, windows lie side by side, so that
-    samples of T tokens stay whole.
-    """
+    """Windows at random offsets of all files, the same again for the same seed and step."""
     rng = np.random.default_rng((config.seed, step))
-    if stream.masked:
-        return stream.side_by_side(rng.integers(0, sum(stream.whole), config.batch_size))
-    return stream.anywhere(rng.integers(0, sum(stream.offsets), config.batch_size))
+    numbers = rng.integers(0, sum(stream.counts(stream.stride)), config.batch_size)
+    return stream.windows(numbers, stream.stride)
 
 
 def evenly(stream, config):
-    """The windows of a validation, spread evenly; with a mask side by side, so that samples of T
-    tokens stay whole."""
-    windows = sum(stream.whole)
-    last = (windows if stream.masked else sum(stream.offsets)) - 1
-    numbers = np.linspace(0, last, min(config.eval_windows, windows)).astype(int)
-    return stream.side_by_side(numbers) if stream.masked else stream.anywhere(numbers)
+    """The windows of a validation, spread evenly."""
+    most = min(config.eval_windows, sum(stream.counts(stream.T)))
+    numbers = np.linspace(0, sum(stream.counts(stream.stride)) - 1, most).astype(int)
+    return stream.windows(numbers, stream.stride)
 
 
-def cut(stream, windows, T, eot=-1):
+def cut(stream, windows, eot=-1):
     """The tokens of windows: idx, targets (B, T) int64; a target of -100 does not count.
 
     That is a target whose mask is 0, and the one after end-of-text, since the first token of
     another document can't be known. ValueError for a token beyond the vocabulary.
     """
-    tokens = [stream.files[file][0][at:at + T + 1] for file, at in windows]
+    T = stream.T
+    tokens = [stream.files[file].tokens[at:at + T + 1] for file, at in windows]
     tokens = torch.from_numpy(np.stack(tokens).astype(np.int64))
     if tokens.max() >= stream.limit:
-        raise ValueError(f"{stream.name}: token {tokens.max()} is beyond the vocabulary of "
+        paths = " ".join(file.path for file in stream.files)
+        raise ValueError(f"{paths}: token {tokens.max()} is beyond the vocabulary of "
                          f"{stream.limit}")
     idx = tokens[:, :-1]
     targets = tokens[:, 1:].masked_fill(idx == eot, -100)
     for row, (file, at) in enumerate(windows):
-        mask = stream.files[file][1]
+        mask = stream.files[file].mask
         if mask is not None:
             counts = torch.from_numpy(mask[at + 1:at + T + 1] == 1)
             targets[row].masked_fill_(~counts, -100)
@@ -531,35 +516,33 @@ def load_data(config, vocab_size=None):
         raise ValueError("--split-on is for texts, and --data holds tokens")
     coder = Tokenizer(config.tokenizer)
     folders = [folder_of(source, config, coder) for source in config.data]
-    train = [scan(os.path.join(folder, "train.bin")) for folder in folders]
-    val = [scan(os.path.join(folder, "val.bin")) for folder in folders]
+    train = [open_bin(os.path.join(folder, "train.bin"), config.context) for folder in folders]
+    val = [open_bin(os.path.join(folder, "val.bin"), config.context) for folder in folders]
     if config.eot is None:
-        gpt2 = any(file["has_gpt2_eot"] for file in train + val)
+        gpt2 = any(file.has_gpt2_eot for file in train + val)
         config.eot = coder.eot or (GPT2_EOT if gpt2 else -1)
-    largest = max(file["largest"] for file in train + val)
-    size = vocab_size or in_64s(coder.size or largest + 1)
+    size = vocab_size or in_64s(coder.size or max(file.largest for file in train + val) + 1)
     if config.eot >= size:
         raise ValueError(f"--eot {config.eot} is beyond the vocabulary of {size}")
+    for file in train + val:
+        if file.largest >= size:
+            raise ValueError(f"{file.path}: token {file.largest} is beyond the vocabulary of "
+                             f"{size}")
     sources = {}
-    for source, *keys in zip(config.data, train, val):
-        sources[source] = " ".join(file["key"] for file in keys)
+    for source, *files in zip(config.data, train, val):
+        sources[source] = " ".join(file.key for file in files)
         was = config.sources.get(source, sources[source])
         if was != sources[source]:
             note(f"warning: {source} has changed since the run (then {was}, now {sources[source]}"
                  "): validation may hold what was trained on")
     config.sources = sources
-    streams = open_stream(train, config, size), open_stream(val, config, size)
-    require_targets(streams[1], config)
-    return Data(*streams, size, " ".join(sources.values()))
-
-
-def require_targets(stream, config):
-    """ValueError, before any training, if a mask leaves the validation without a target."""
-    if not stream.masked:
-        return
-    _, targets = cut(stream, evenly(stream, config), config.context)
-    if (targets == -100).all():
-        raise ValueError(f"{stream.name}: the mask lets no target count in the validation windows")
+    data = Data(Stream(train, config.context, size), Stream(val, config.context, size), size,
+                key=" ".join(sources.values()))
+    if data.val.masked:
+        _, targets = cut(data.val, evenly(data.val, config))
+        if (targets == -100).all():
+            raise ValueError(f"{val[0].path}: the mask lets no target count in the validation")
+    return data
 
 
 GPT2_EOT = 50256
@@ -586,24 +569,18 @@ def folder_of(source, config, coder):
     return tokenize(source, coder.name, config.split_on)
 
 
-def open_stream(files, config, limit):
-    """The Stream of files that were scanned, with the masks beside them (train.mask.bin)."""
-    opened = []
-    for file in files:
-        path, n = file["path"], file["tokens"]
-        if n <= config.context:
-            raise ValueError(f"{path}: {n} tokens; it must hold more uint16 tokens than the "
-                             f"context of {config.context}: give more data or a smaller --context")
-        if file["largest"] >= limit:
-            raise ValueError(f"{path}: token {file['largest']} is beyond the vocabulary of {limit}")
-        tokens = np.memmap(path, "<u2", "r", file["offset"], (n,))
-        beside = path.removesuffix(".bin") + ".mask.bin"
-        mask = np.memmap(beside, np.uint8, "r") if os.path.exists(beside) else None
-        if mask is not None and len(mask) != n:
-            raise ValueError(f"{beside}: {len(mask)} bytes for {n} tokens; one byte each is wanted")
-        opened.append((tokens, mask))
-    names = " ".join(file["path"] for file in files)
-    return Stream(opened, config.context, limit, names, " ".join(file["key"] for file in files))
+def open_bin(path, T):
+    """The Bin of a file of more than T tokens, with the mask beside it (train.mask.bin)."""
+    offset, n = read_head(path)
+    if n <= T:
+        raise ValueError(f"{path}: {n} tokens; it must hold more uint16 tokens than the context of "
+                         f"{T}: give more data or a smaller --context")
+    tokens = np.memmap(path, "<u2", "r", offset, (n,))
+    beside = path.removesuffix(".bin") + ".mask.bin"
+    mask = np.memmap(beside, np.uint8, "r") if os.path.exists(beside) else None
+    if mask is not None and len(mask) != n:
+        raise ValueError(f"{beside}: {len(mask)} bytes for {n} tokens; one byte each is wanted")
+    return Bin(path, tokens, mask, *scan(tokens, path))
 
 
 FOREIGN = {b"\x93NUMPY": "a NumPy .npy file", b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet",
@@ -619,67 +596,46 @@ def read_head(path):
     with open(path, "rb") as f:
         head = f.read(4096)
     size = os.path.getsize(path)
-    header = np.frombuffer(head[:1024 if len(head) >= 1024 else 0], "<i4").tolist()
+    header = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
     words = np.frombuffer(head[:len(head) // 2 * 2], "<u2")
-    kinds = [kind for magic, kind in FOREIGN.items() if head.startswith(magic)]
+    high = words[1::2]                      # of numbers of 32 bits: nothing large, and many zeros
+    seen = [kind for magic, kind in FOREIGN.items() if head.startswith(magic)]
     if size % 2:
-        kinds.append(f"{size} bytes, an odd number: is it cut off")
-    elif header and header[0] in (20240520, 20240801):
+        seen.append(f"{size} bytes, an odd number: is it cut off")
+    elif header[0] in (20240520, 20240801):
         tokens = (size - 1024) // 2
-        if header[:3] == [20240520, 1, tokens]:
+        if header == [20240520, 1, tokens]:
             return 1024, tokens
-        kinds.append(f"{tokens} uint16 after a header of magic, version and tokens {header[:3]}")
-    elif len(words) >= 32 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
-        kinds.append(f"text, like {head[:20]!r}")
-    elif len(words) >= 32 and high_words(words[1::2]) and words[::2].max() > 3:
-        kinds.append("numbers of 32 or 64 bits")
-    if kinds:
-        raise ValueError(f"{path} holds {kinds[0]}; uint16 tokens are wanted, as nanoGPT or llm.c "
+        seen.append(f"{tokens} uint16 after a header of magic, version and tokens {header}")
+    elif len(words) >= 32 and re.fullmatch(rb"[\t\n\r -~]+", head):
+        seen.append(f"text, like {head[:20]!r}")
+    elif len(words) >= 32 and high.max() <= 3 < words.max() and (high == 0).mean() > 1 / 4:
+        seen.append("numbers of 32 or 64 bits")
+    if seen:
+        raise ValueError(f"{path} holds {seen[0]}; uint16 tokens are wanted, as nanoGPT or llm.c "
                          "write them")
     return 0, size // 2
 
 
-def high_words(words):
-    """Whether words look like the upper halves of 32-bit numbers: many zeros, and nothing large."""
-    return words.max() <= 3 and (words == 0).mean() > 1 / 4
+def scan(tokens, path, chunk=2**20, chunks=64):
+    """The largest token, whether GPT-2's end-of-text occurs, and a key that tells them from others.
 
-
-def scan(path, chunk=2**20, chunks=64):
-    """What is known of a .bin: path, offset, tokens, largest, has_gpt2_eot, key. It takes a second.
-
-    All of a file is read up to 64 chunks of 2^20 tokens, and of a larger one as many, evenly
-    spread. The answer is kept in .cache, for the file of that path, size and time.
+    All tokens are read up to 64 chunks of 2^20, and of more as many chunks, evenly spread.
     """
-    path = os.path.abspath(path)
-    stat = os.stat(path)
-    memo = f".cache/scan-{digest([path, stat.st_size, stat.st_mtime_ns])}.json"
-    with contextlib.suppress(OSError, ValueError), open(memo) as f:
-        return json.load(f)
-    offset, n = read_head(path)
+    n = len(tokens)
     starts = np.linspace(0, max(0, n - chunk), min(chunks, -(-n // chunk))).astype(int)
     largest = 0
     has_gpt2_eot = False
     content = hashlib.sha1()
-    for start in starts.tolist():
-        tokens = np.fromfile(path, "<u2", chunk, offset=offset + 2 * start)
-        largest = max(largest, int(tokens.max()))
-        has_gpt2_eot = has_gpt2_eot or bool((tokens == GPT2_EOT).any())
-        content.update(tokens)
+    for start in starts:
+        part = tokens[start:start + chunk]
+        largest = max(largest, int(part.max()))
+        has_gpt2_eot = has_gpt2_eot or bool((part == GPT2_EOT).any())
+        content.update(part)
     if n > chunk * chunks:
         note(f"{path}: {chunk * chunks / 1e6:.0f}M of {n / 1e6:.0f}M tokens were searched for the "
              "largest token and end-of-text, the others are checked as batches are read")
-    found = dict(path=path, offset=offset, tokens=n, largest=largest, has_gpt2_eot=has_gpt2_eot,
-                 key=f"{n} tokens {content.hexdigest()[:8]}")
-    with contextlib.suppress(OSError):
-        os.makedirs(".cache", exist_ok=True)
-        with open(memo, "w") as f:
-            json.dump(found, f)
-    return found
-
-
-def digest(values):
-    """Eight hex digits that tell plain values from others."""
-    return hashlib.md5(json.dumps(values).encode()).hexdigest()[:8]
+    return largest, has_gpt2_eot, f"{n} tokens {content.hexdigest()[:8]}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -705,15 +661,17 @@ def documents(source):
     root = sysconfig.get_path("stdlib") if stdlib else source
     found = []
     visited = set()
-    single = [(os.path.dirname(root), [], [os.path.basename(root)])]
-    walk = single if os.path.isfile(root) else os.walk(root, followlinks=True)
+    walk = os.walk(root, followlinks=True)
+    if os.path.isfile(root):
+        walk = [(os.path.dirname(root), [], [os.path.basename(root)])]
     for folder, folders, names in walk:
         real = os.path.realpath(folder)
-        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__pycache__"))
-                      and real not in visited and not (stdlib and name in SKIPPED)]
         if real in visited:                                             # a link back to a parent
+            folders.clear()
             continue
         visited.add(real)
+        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__pycache__"))
+                      and not (stdlib and name in SKIPPED)]
         for name in names:
             path = os.path.join(folder, name)
             wanted = name.endswith(".py") if stdlib else not name.startswith(".")
@@ -781,27 +739,23 @@ def encode(text, coder, split_on):
 
 
 def tokenize(source, tokenizer, split_on=None):
-    """Tokenize a source of texts, once; the folder under .cache with its train.bin and val.bin.
-
-    One process at a time does it. Others wait, and find it done.
-    """
+    """Tokenize a source of texts, once; the folder under .cache with its train.bin and val.bin."""
     docs = documents(source)
     stamps = [(doc.name, doc.size, os.path.getmtime(doc.path)) for doc in docs]
     name = os.path.basename(source.rstrip(os.sep))[:80]
-    key = digest(["split by name", source, tokenizer, split_on, stamps])
+    told_apart = json.dumps(["split by name", source, tokenizer, split_on, stamps])
+    key = hashlib.md5(told_apart.encode()).hexdigest()[:8]
     folder = os.path.join(".cache", f"{name}-{tokenizer}-{key}")
     if os.path.exists(folder):
         return folder
     os.makedirs(".cache", exist_ok=True)
     with lock(".cache/lock", wait=True):
-        for leftover in glob(".cache/*.tmp"):               # of processes that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        if not os.path.exists(folder):
-            with tempfile.TemporaryDirectory(suffix=".tmp", dir=".cache") as scratch:
-                partial = os.path.join(scratch, "tokens")
-                os.mkdir(partial)
-                write_tokens(source, docs, Tokenizer(tokenizer), split_on, partial)
-                os.rename(partial, folder)
+        if not os.path.exists(folder):                      # else another process has done it
+            partial = ".cache/unfinished"
+            shutil.rmtree(partial, ignore_errors=True)      # of a process that was stopped
+            os.mkdir(partial)
+            write_tokens(source, docs, Tokenizer(tokenizer), split_on, partial)
+            os.rename(partial, folder)
     return folder
 
 
@@ -822,9 +776,10 @@ def write_tokens(source, docs, coder, split_on, folder):
     with (open(os.path.join(folder, "train.bin"), "wb") as train,
           open(os.path.join(folder, "val.bin"), "wb") as val):
         for i, (doc, end) in enumerate(zip(texts, ends), 1):
-            for count in write_document(doc.path, end, coder, split_on, (train, val)):
-                total += count
-                if count > 1e5 or i % 100 == 0 or i == len(texts):
+            for side, tokens in document_tokens(doc.path, end, coder, split_on):
+                tokens.tofile((train, val)[side])
+                total += len(tokens)
+                if len(tokens) > 1e5 or i % 100 == 0 or i == len(texts):
                     with contextlib.suppress(OSError):          # stderr may have been closed
                         print(f"\rtokenizing {source}: {i}/{len(texts)} texts, "
                               f"{total / 1e6:.1f}M {coder.name} tokens", end="", file=sys.stderr,
@@ -832,13 +787,10 @@ def write_tokens(source, docs, coder, split_on, folder):
     note("")
 
 
-def write_document(path, border, coder, split_on, files):
-    """Append a text's tokens to the two files: those before and after the border (bytes).
-
-    Yields how many tokens were written, piece by piece.
-    """
+def document_tokens(path, border, coder, split_on):
+    """Yield a text's tokens in pieces: (0, tokens) before the border (bytes), (1, tokens) after."""
     place = 0
-    written = set()
+    sides = set()
     for piece in pieces(path, split_on):
         length = max(1, len(piece.encode()))
         share = min(1, max(0, border - place) / length)     # of the piece, before the border
@@ -846,15 +798,12 @@ def write_document(path, border, coder, split_on, files):
         if 0 < middle < len(piece):
             middle = last_border(piece[:middle], split_on)
         place += length
-        for file, part in zip(files, (piece[:middle], piece[middle:])):
+        for side, part in enumerate((piece[:middle], piece[middle:])):
             if part:
-                tokens = encode(part, coder, split_on)
-                file.write(tokens.tobytes())
-                written.add(file)
-                yield len(tokens)
-    for file in written:
-        file.write(np.array([coder.eot], "<u2").tobytes())
-        yield 1
+                sides.add(side)
+                yield side, encode(part, coder, split_on)
+    for side in sides:
+        yield side, np.array([coder.eot], "<u2")
 
 
 LONG_RUN = re.compile(r"(\s{1000}|\S{10000})")              # a million blanks are too much for BPE
@@ -909,10 +858,7 @@ class Tokenizer:
 # The command line, shared by the scripts
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that returns only what was typed, and raises ValueError for errors.
-
-    defaults: {name: value} of the flags, for `merge`.
-    """
+    """An ArgumentParser that returns only what was typed. Its `defaults` are for `merge`."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
@@ -923,27 +869,24 @@ class Parser(argparse.ArgumentParser):
     def flag(self, name, default, help, type=str, **options):
         """Add a flag. Its help ends with the default, if that is a value."""
         self.defaults[name[2:].replace("-", "_")] = default
-        if default not in (None, ()) and default is not False:
+        if default not in (None, ()) and not isinstance(default, bool):
             several = isinstance(default, (list, tuple))
             shown = " ".join(map(str, default)) if several else default
             help = f"{help}; default: {shown}"
-        if options.get("action") != "store_true":
+        if "action" not in options:
             options["type"] = type
         self.add_argument(name, help=help.replace("%", "%%"), **options)
 
     def switch(self, name, default, help):
-        self.defaults[name[2:].replace("-", "_")] = default
-        self.add_argument(name, help=help, action=argparse.BooleanOptionalAction)
+        """Add --name and --no-name."""
+        self.flag(name, default, help, action=argparse.BooleanOptionalAction)
 
-    def error(self, message):
+    def error(self, message):           # run makes one line of it
         raise ValueError(f"{message} (see --help)")
 
 
 def merge(*layers):
-    """One Namespace of several dicts; later dicts win. This is the only place of precedence.
-
-    The scripts call it as merge(defaults, preset and recipe, checkpoint, given).
-    """
+    """One Namespace of several dicts. Later ones win: defaults, preset, checkpoint, given."""
     config = {}
     for layer in layers:
         config.update(layer)
@@ -1097,6 +1040,7 @@ def header(model, config):
 OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}         # not saved
 OF_A_RUN = {"checkpoint", "pattern", "seed", "dtype"}                   # saved, not inherited
 FREE = {"steps", "log_interval", "eval_interval", "eval_batch", "grad_accum", "checkpointing"}
+# A resumed run may have other FREE flags: more steps prolong it, the others change no result.
 
 
 def recorded(flags):
@@ -1141,56 +1085,45 @@ def fingerprint(model):
     return hashlib.md5(weights.tobytes()).hexdigest()[:8]
 
 
-def log_of(path):
-    return path.removesuffix(".pt") + ".jsonl"
-
-
-def set_aside(path):
-    """Rename the files of an earlier run, so that they can't pass for those of the new one."""
-    for old in (path, log_of(path)):
-        if RANK == 0 and os.path.exists(old):
-            os.replace(old, f"{old}.old")
-
-
 @contextlib.contextmanager
 def open_log(path, step=0):
     """The JSONL log beside the checkpoint `path`, which is locked meanwhile.
 
-    At step 0 the files of an earlier run are set aside. Otherwise the log keeps its whole records
-    up to `step`, so that a resumed run has each step once. Torn lines are left out.
+    At step 0 the files of an earlier run are renamed, so that they can't pass for those of the new
+    one. Otherwise the log keeps its records up to `step`: a resumed run has each step once.
     """
     if RANK:
         yield open(os.devnull, "w")
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with lock(f"{path.removesuffix('.pt')}.lock"):
-        kept = whole_records(log_of(path), step) if step else []
-        if not step:
-            set_aside(path)
-        with open(f"{log_of(path)}.tmp", "w") as f:
-            f.writelines(kept)
-        os.replace(f.name, log_of(path))
-        with open(log_of(path), "a") as log:
+    name = path.removesuffix(".pt")
+    log_path = f"{name}.jsonl"
+    with lock(f"{name}.lock"):
+        if step == 0:
+            for old in filter(os.path.exists, (path, log_path)):
+                os.replace(old, f"{old}.old")
+        elif os.path.exists(log_path):
+            keep_records(log_path, step)
+        with open(log_path, "a") as log:
             yield log
 
 
-def whole_records(path, step):
-    """The lines of a log that are JSON records of up to `step` steps."""
+def keep_records(path, step):
+    """Rewrite a log with its records of up to `step` steps. Torn lines are left out."""
     kept = []
     torn = 0
-    if not os.path.exists(path):
-        return kept
     with open(path, errors="replace") as f:
-        for line in f:
+        for line in f.read().splitlines():
             try:
-                record = json.loads(line)
-                if record.get("step", 0) <= step and line.endswith("\n"):
-                    kept.append(line)
-            except (ValueError, AttributeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
                 torn += 1
     if torn:
         note(f"{path}: {torn} torn lines are left out")
-    return kept
+    with open(f"{path}.tmp", "w") as f:
+        f.writelines(kept)
+    os.replace(f.name, path)
 
 
 def report(log, text, **record):
@@ -1211,8 +1144,9 @@ def log_line(record, config):
 
 def memory(config):
     """What a validation line says of the GPU's memory."""
-    used = torch.cuda.max_memory_allocated() / 2**30 if on_gpu(config) else 0
-    return f" | peak {used:.1f} GiB" * on_gpu(config)
+    if not on_gpu(config):
+        return ""
+    return f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1258,12 +1192,10 @@ def arl_flag(text):
 
 
 def only_pattern(given, meta):
-    """The pattern of all updates, from --pattern or an adapted --checkpoint; None: dense, with ARL.
-
-    ValueError if these or --arl contradict one another.
-    """
-    alone = "adapt" in meta or meta.get("train", {}).get("pattern")
-    own = meta["pattern"] if alone or meta.get("pattern", "D1") != "D1" else None
+    """The one pattern of all updates, of --pattern or an adapted --checkpoint; None: dense, ARL."""
+    own = meta.get("pattern")
+    if own == "D1" and "adapt" not in meta and not meta.get("train", {}).get("pattern"):
+        own = None                          # trained dense, with ARL or without
     pattern = given.get("pattern", own)
     if own not in (None, pattern):
         raise ValueError(f"--pattern {pattern}: {given['checkpoint']} was trained in {own} alone")
@@ -1273,10 +1205,7 @@ def only_pattern(given, meta):
 
 
 def of_checkpoint(path, model, meta, given, known):
-    """What a checkpoint says of the flags in `known`: all of them for --resume, else `of_run`.
-
-    ValueError if a flag in `given` contradicts it.
-    """
+    """What a checkpoint says of the flags in `known`: all of them for --resume, else `of_run`."""
     shape = asdict(model.config)
     unknown = {*meta.get("train", {})} - {*known}
     if unknown:
@@ -1336,15 +1265,14 @@ def main(argv=None):
     arl = [None if name == "none" else Pattern.parse(name).fit(model.config) for name in names]
     kin = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
     optimizer = new_optimizer(model, config)
-    first = 0
+    first = meta["step"] if config.resume else 0
     if config.resume:
         optimizer.load_state_dict(meta["optimizer"])
-        first = meta["step"]
     header(model, config)
 
     def batch(step):
         windows = at_random if config.random else in_order
-        return cut(data.train, windows(step, config, data.train), config.context, config.eot)
+        return cut(data.train, windows(step, config, data.train), config.eot)
 
     def save(step, val):
         if RANK == 0:
@@ -1361,7 +1289,7 @@ def main(argv=None):
         for record in fit(model, config, batch, optimizer, main_pattern, arl, first, stop):
             step = record["step"]
             ends = step == config.steps
-            stopped = record.pop("stopped") and not ends
+            stopped = record.pop("stopped")
             if ends or stopped or step % config.log_interval == 0:
                 report(log, log_line(record, config), **record)
             if stopped:

@@ -946,7 +946,7 @@ def test_fine_tuning_has_a_loss_on_the_answers_only(trained, tuning):
     data = train.load_data(config, 320)
     niah = evaluation.Niah("bytes", 0, 0)
     windows = train.in_order(0, config, data.train)
-    idx, targets = train.cut(data.train, windows, 300, config.eot)
+    idx, targets = train.cut(data.train, windows, config.eot)
     for (_, place), x, y in zip(windows, idx, targets):
         assert place % 300 == 0
         sample = niah.sample(place // 300, 300, evaluation.RULER, rounds=16)
