@@ -118,6 +118,11 @@ def rows(x):
     return Rows(x, *x.stride()[:3])
 
 
+def rows_of(*tensors):
+    """Rows of each tensor."""
+    return [rows(x) for x in tensors]
+
+
 def packed_channels(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -582,6 +587,11 @@ def span_of(dilation, window, sinks):
     return Span(dilation, window, sinks, reach=window)
 
 
+def span_within(T, dilation, window, sinks):
+    """The sizes for sequences of T positions: longer ones are cut to that."""
+    return [dilation, min(window, T), min(sinks, T)]
+
+
 @jit
 def is_lasting(p, SPAN: tl.constexpr):
     """Is p a sink or on the grid? Once such a key is in the past, every later query sees it."""
@@ -750,7 +760,7 @@ def query_block(H, T, BM: tl.constexpr):
 
 @jit
 def attention_forward_kernel(
-        q, k, v, y, lse, k_cache, v_cache,
+        q, k, v, y, k_cache, v_cache, lse,
         H, T, start, origin, scale,
         CACHED: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
@@ -987,7 +997,7 @@ def run_attention(q, k, v, span, start=0, cache=None):
     k_cache, v_cache = cache or (k, v)
     origin = start + T - k.shape[2]
     launch(attention_forward_kernel, triton.cdiv(T, constants["BM"]) * B * H, q,
-           rows(q), rows(k), rows(v), rows(y), lse, rows(k_cache), rows(v_cache),
+           *rows_of(q, k, v, y, k_cache, v_cache), lse,
            H, T, start, origin, log2_scale(q), CACHED=cache is not None, **constants)
     return y, lse
 
@@ -1008,29 +1018,34 @@ def attention_backward(
         ) -> list[Tensor]:
     """dq, dk_rec, dv_rec (B, H, T, Dh)."""
     span = span_of(*span)
-    inputs = [packed_channels(x) for x in (q, k_rec, v_rec, dy)]
-    dq, dk, dv = (new_heads(q) for _ in range(3))
+    dq, dk, dv = new_attention_gradients(dy, q, k_rec, v_rec)
+    q, k, v, dy = (packed_channels(x) for x in (q, k_rec, v_rec, dy))
     delta = torch.empty_like(lse)
     B, H, T, Dh = q.shape
     scales = log2_scale(q), 1 / math.sqrt(Dh)
     alone = span.reach == 0
     constants = head_constants(Q_TILES, q, span)
-    q_tensors = *inputs[:3], y, inputs[3], dq, dk, dv
     launch(attention_backward_q_kernel, triton.cdiv(T, constants["BM"]) * B * H, q,
-           *(rows(x) for x in q_tensors), lse, delta, H, T, *scales, ALONE=alone, **constants)
+           *rows_of(q, k, v, y, dy, dq, dk, dv), lse, delta, H, T, *scales,
+           ALONE=alone, **constants)
 
     def by_keys(constants, n, lasting, splits=1, part=None):
         """dk and dv of n keys: the lasting ones, or all others."""
         tiles = triton.cdiv(n, constants["BN"])
-        tensors = *inputs, dk, dv, dk if part is None else part
         launch(attention_backward_kv_kernel, tiles * splits * B * H, q,
-               *(rows(x) for x in tensors), lse, delta, H, T, *scales, n, tiles, splits,
+               *rows_of(q, k, v, dy, dk, dv), rows(dk if part is None else part), lse, delta,
+               H, T, *scales, n, tiles, splits,
                LASTING=lasting, SPLIT=part is not None, **constants)
 
     if not alone:
         by_keys(head_constants(KV_TILES, q, span), T, lasting=False)
     backward_lasting(by_keys, q, dk, dv, span)
     return [dq, dk, dv]
+
+
+def new_attention_gradients(dy, q, k_rec, v_rec, *rest):
+    """Empty outputs of attention_backward."""
+    return [new_heads(x) for x in (q, k_rec, v_rec)]
 
 
 def backward_lasting(by_keys, q, dk, dv, span):
@@ -1068,7 +1083,7 @@ def attention_gradient(ctx, dy, dlse):
 
 attention_operator.register_fake(new_attention)
 attention_operator.register_autograd(attention_gradient, setup_context=keep_attention)
-attention_backward.register_fake(lambda dy, q, *rest: [new_heads(q), new_heads(q), new_heads(q)])
+attention_backward.register_fake(new_attention_gradients)
 
 
 def in_autocast_dtype(*tensors):
@@ -1090,7 +1105,7 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     require(q.dim() == 4 and q.dtype == k_rec.dtype == v_rec.dtype,
             "attention: q, k_rec, v_rec are (B, H, T, Dh) of one dtype, got {}, {}, {}",
             q.dtype, k_rec.dtype, v_rec.dtype)
-    span = [dilation, min(window, q.shape[2]), min(sinks, q.shape[2])]
+    span = span_within(q.shape[2], dilation, window, sinks)
     run = attention_operator if recorded(q, k_rec, v_rec) else run_attention
     return run(q, k_rec, v_rec, span)[0]
 
@@ -1894,7 +1909,7 @@ def topk_backward_granted_kernel(
     else:
         p = tl.where(is_lasting(j, SPAN), FAR, j)
         reach = p * 0 + SPAN.window
-        stop = tl.minimum((tile + 1) * BN + SPAN.window, end)
+        stop = tl.minimum((tile + 1) * BN + SPAN.reach, end)
     k_tile = load_rows(k, b, h, p, p < end, DH, BD)                                     # (BN, BD)
     v_tile = load_rows(v, b, h, p, p < end, DH, BD)
     acc_k = tl.zeros((BN, BD), tl.float32)
@@ -1967,7 +1982,7 @@ def choose_blocks(q, summaries, end, block, topk):
     if minmax:
         constants["STAGES"] = 1                        # two tiles take twice the shared memory
     programs = B * H * tiles
-    launch(choose_kernel, programs, q, rows(q), rows(summaries), chosen, words, counts,
+    launch(choose_kernel, programs, q, *rows_of(q, summaries), chosen, words, counts,
            *places, topk, MINMAX=minmax, **constants)
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
     launch(list_kernel, programs, q, chosen, words, ends, pairs, *places, pairs.numel(),
@@ -1985,7 +2000,7 @@ def attend_to_blocks(q, k, v, pairs, ends, block, topk):
     places = H, T, end - T, n, end
     constants = topk_constants("blocks", q, block)
     launch(blocks_kernel, B * H * n, q,
-           rows(q), rows(k), rows(v), rows(part), part_lse, pairs, ends,
+           *rows_of(q, k, v, part), part_lse, pairs, ends,
            *places, log2_scale(q), K=topk, **constants)
     return part, part_lse
 
@@ -1999,7 +2014,7 @@ def join_parts(q, k, v, part, part_lse, words, span, block, topk):
     constants = topk_constants("join granted" if granted else "join", q, block)
     programs = triton.cdiv(T, constants["BM"]) * B * H
     launch(join_kernel, programs, q,
-           rows(q), rows(k), rows(v), rows(y), rows(part), part_lse, words, lse,
+           *rows_of(q, k, v, y, part), part_lse, words, lse,
            H, T, k.shape[2] - T, words.shape[2], log2_scale(q),
            K=topk, GRANTED=granted, SPAN=span, **constants)
     return y, lse
@@ -2010,8 +2025,7 @@ def run_topk(q, k, v, summaries, sizes):
     dilation, window, sinks, block, topk.
     """
     *span, block, topk = sizes
-    inputs = q, k, v, summaries
-    q, k, v, summaries = (packed_channels(x) for x in inputs)
+    q, k, v, summaries = (packed_channels(x) for x in (q, k, v, summaries))
     words, pairs, ends = choose_blocks(q, summaries, k.shape[2], block, topk)
     parts = attend_to_blocks(q, k, v, pairs, ends, block, topk)
     span = span_of(*span)
@@ -2029,7 +2043,7 @@ def topk_operator(
 def new_topk(q, k_rec, v_rec, summaries, sizes):
     """Empty outputs of run_topk."""
     B, H, T, _ = q.shape
-    block, topk = sizes[3:]
+    block, topk = sizes[-2:]
     n = -(-k_rec.shape[2] // block)
     tiles = -(-T // 64)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
@@ -2047,8 +2061,7 @@ def topk_backward(
     *span, block, topk = sizes
     span = span_of(*span)
     granted = any(span)
-    inputs = q, k_rec, v_rec, dy
-    q, k, v, dy = (packed_channels(x) for x in inputs)
+    q, k, v, dy = (packed_channels(x) for x in (q, k_rec, v_rec, dy))
     B, H, T, Dh = q.shape
     end = k.shape[2]
     n = words.shape[2]
@@ -2061,20 +2074,19 @@ def topk_backward(
     part_rows = rows(part.flatten(2, 3))
     places = H, T, start, n
     scales = log2_scale(q), 1 / math.sqrt(Dh)
-    inputs = rows(q), rows(k), rows(v)
     constants = topk_constants("backward q", q, block)
     programs = triton.cdiv(T, constants["BM"]) * B * H
     launch(topk_backward_q_kernel, programs, q,
-           *inputs, rows(y), rows(dy), part_rows, words, lse, delta, *places, *scales,
+           *rows_of(q, k, v, y, dy), part_rows, words, lse, delta, *places, *scales,
            K=topk, GRANTED=granted, SPAN=span, **constants)
-    inputs = *inputs, rows(dy), rows(dk), rows(dv)
+    inputs = rows_of(q, k, v, dy, dk, dv)
     constants = topk_constants("backward blocks", q, block)
     launch(topk_backward_blocks_kernel, B * H * n, q,
            *inputs, part_rows, pairs, ends, lse, delta, *places, end, *scales,
            K=topk, PARTS=topk + granted, **constants)
     constants = topk_constants("backward granted", q, block)
     lasts = sum(count_lasting_host(end, span))
-    nears = end if span.window else 0
+    nears = end if span.reach else 0
     for keys, are_lasting in ((lasts, True), (nears, False)):
         programs = triton.cdiv(keys, constants["BN"]) * B * H
         if keys > 0:
@@ -2118,8 +2130,7 @@ def attention_topk(q, k_rec, v_rec, rule, summaries):
                          f"do not fit keys {described(k_rec)}")
     block = min(rule.block, n)
     topk = min(rule.topk, triton.cdiv(n, block))
-    window = min(rule.window, n)
-    sizes = [rule.dilation, window, min(rule.sinks, n), block, topk]
+    sizes = [*span_within(n, *rule.span), block, topk]
     run = topk_operator if recorded(q, k_rec, v_rec) else run_topk
     query_bytes = max(1, B * h * topk * Dh * q.element_size())      # 1: a batch of no sequences
     queries = max(LEAST_QUERIES, PARTS_BYTES // query_bytes // 64 * 64)

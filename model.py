@@ -393,28 +393,22 @@ class Rule:
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring heads of a layer that follow one rule."""
+    """Neighbouring heads of a layer that follow one rule: share `index` of `of` equal shares."""
     rule: Rule
-    heads: slice
+    index: int = 0
+    of: int = 1
 
-    @property
-    def n_heads(self):
-        return self.heads.stop - self.heads.start
+    def pick(self, x, dim=1):
+        """This group's heads of x, which has all heads of the layer in dimension `dim`."""
+        size = x.shape[dim] // self.of
+        return x.narrow(dim, self.index * size, size)
 
     def attend(self, q, k_rec, v_rec, start=0):
         """Attention of a whole sequence in the heads of this group: (B, heads, T, Dh).
 
         start is 0. A GroupCache has the same method for chunks that start later.
         """
-        return self.rule.attend(*self.pick(q, k_rec, v_rec))
-
-    def pick(self, q, k_rec, v_rec):
-        """This group's heads of queries, keys and values (B, H, ..) of all heads."""
-        return q[:, self.heads], k_rec[:, self.heads], v_rec[:, self.heads]
-
-    def pick_token(self, token):
-        """This group's heads of one token's o, q, k, v, g, (B, H, Dh) each."""
-        return token.map(lambda z: z[:, self.heads])
+        return self.rule.attend(self.pick(q), self.pick(k_rec), self.pick(v_rec))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -609,20 +603,20 @@ class Layout:
 class GroupCache:
     """The keys (after RoPE), the values and the recurrent state of one head group of one layer.
 
-    k, v: (B, heads, slots, Dh). state: (2, B, heads, Dh), a view of the layer's; without recurrence
-    it has no elements.
+    k, v: (B, heads, slots, Dh); like: the same without slots. state: (2, B, heads, Dh), a view of
+    the layer's; without recurrence it has no elements.
     """
 
-    def __init__(self, group, layout, like, batch, state):
+    def __init__(self, group, layout, like, state):
         self.group = group
         self.rule = group.rule
         self.layout = layout
         self.state = state
-        shape = batch, group.n_heads, layout.slots, like.shape[-1]
-        self.k = like.new_zeros(shape)
-        self.v = like.new_zeros(shape)
+        B, heads, _, Dh = like.shape
+        self.k = like.new_zeros(B, heads, layout.slots, Dh)
+        self.v = like.new_zeros(B, heads, layout.slots, Dh)
         self.tensors = [self.k, self.v]                # all that it allocated for positions
-        self.arrived = torch.zeros(batch * group.n_heads, dtype=torch.int32, device=like.device)
+        self.arrived = like.new_zeros(B * heads, dtype=torch.int32)
 
     def held(self, seen):
         """How many positions are held after `seen` tokens."""
@@ -662,7 +656,7 @@ class GroupCache:
 
         q, k_rec, v_rec: (B, H, T, Dh), after RoPE, of all heads. Returns (B, heads, T, Dh).
         """
-        q, k_rec, v_rec = self.group.pick(q, k_rec, v_rec)
+        q, k_rec, v_rec = map(self.group.pick, (q, k_rec, v_rec))
         T = q.shape[2]
         if start == 0:
             self.store(k_rec, v_rec, start)
@@ -672,7 +666,7 @@ class GroupCache:
             end = start + T
             k = self.k[:, :, :end]
             v = self.v[:, :, :end]
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, end))
+            return masked_attention(q, k, v, causal_lower_right(T, end))
         if on_kernels(q):
             local = self.with_window(k_rec, v_rec, start)    # before the ring is overwritten
             self.store(k_rec, v_rec, start)
@@ -701,7 +695,7 @@ class GroupCache:
 
         token: o, q, k, v, g of all heads, (B, H, Dh) each. seen: (1,) int64 on the device.
         """
-        token = self.group.pick_token(token)
+        token = token.map(self.group.pick)
         if on_kernels(token.q):
             run = kernels.decode_topk if self.rule.topk else kernels.decode
             return run(token, self, rope, seen)
@@ -736,8 +730,8 @@ class TopkCache(GroupCache):
     summaries: of all blocks, as `block_summaries` makes them, in the dtype of the keys.
     """
 
-    def __init__(self, group, layout, like, batch, state):
-        super().__init__(group, layout, like, batch, state)
+    def __init__(self, group, layout, like, state):
+        super().__init__(group, layout, like, state)
         self.rule = group.rule.within(layout.slots)
         self.summaries = block_summaries(self.k, self.rule.block, self.rule.score)
         if self.rule.score != "last":                  # that one is a view of the keys
@@ -761,7 +755,7 @@ class TopkCache(GroupCache):
         self.summaries[:, :, begin:stop] = block_summaries(keys, block, self.rule.score)
 
     def attend(self, q, k_rec, v_rec, start):
-        q, k_rec, v_rec = self.group.pick(q, k_rec, v_rec)
+        q, k_rec, v_rec = map(self.group.pick, (q, k_rec, v_rec))
         end = start + q.shape[2]
         self.store(k_rec, v_rec, start)
         self.summarise(start, end)
@@ -813,8 +807,8 @@ class Cache:
             self.state.append(state)
             H = config.state_width // config.head_width
             state = state.unflatten(-1, (H, config.head_width))             # (2, B, H, Dh)
-            like = weight.new_empty(0, config.head_width, dtype=dtype)
-            groups = pattern.groups(i, config.n_head)
+            like = weight.new_empty(batch, config.n_head, 0, config.head_width, dtype=dtype)
+            groups = pattern.groups(i)
             self.groups.append([self.new_group(group, like, state) for group in groups])
 
     def new_group(self, group, like, state):
@@ -822,7 +816,7 @@ class Cache:
         max_len = -(-self.max_len // block) * block    # top-k: whole blocks
         layout = self.layouts.setdefault(group.rule, Layout(group.rule, max_len))
         kind = TopkCache if group.rule.topk else GroupCache
-        return kind(group, layout, like, self.batch, state[:, :, group.heads])
+        return kind(group, layout, group.pick(like), group.pick(state, dim=2))
 
     def check(self, T, weight):
         """ValueError if a model of this weight can't append T more tokens."""
@@ -927,7 +921,7 @@ class RATPlus(nn.Module):
         rope = rope_angles(torch.arange(idx.shape[1], device=idx.device), self.config.head_width)
         x = self.embed(idx)
         for i, block in enumerate(self.blocks):
-            groups = pattern.groups(i, self.config.n_head)
+            groups = pattern.groups(i)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, groups, use_reentrant=False)
             else:
@@ -1261,20 +1255,15 @@ class Pattern:
         named = len(self.layers)
         require(named <= config.n_layer, f"pattern '{self}': {named} layers are named, "
                 f"the model has {config.n_layer}. A right one is D1,D64")
-        for i in range(named):
-            self.groups(i, config.n_head)
+        for rules in self.layers:
+            require(config.n_head % len(rules) == 0, "pattern '{}': {} head groups do not divide "
+                    "{} heads. A right one is D1/D64", self, len(rules), config.n_head)
         return self
 
-    def groups(self, layer, n_head):
-        """[Group] of a layer of n_head heads. ValueError if the heads do not split evenly."""
+    def groups(self, layer):
+        """[Group] of a layer."""
         rules = self.layers[layer % len(self.layers)]
-        require(n_head % len(rules) == 0, "pattern '{}': {} head groups do not divide {} heads. "
-                "A right one is D1/D64", self, len(rules), n_head)
-        size = n_head // len(rules)
-        groups = []
-        for i, rule in enumerate(rules):
-            groups.append(Group(rule, slice(i * size, (i + 1) * size)))
-        return groups
+        return [Group(rule, i, len(rules)) for i, rule in enumerate(rules)]
 
     def mask(self, T, layer=0, group=0):
         """(T, T) bool: True where the query (row) may attend to the key (column). ValueError for
@@ -1291,9 +1280,9 @@ class Pattern:
         """
         total = 0.0
         for i in range(config.n_layer):
-            for group in self.groups(i, config.n_head):
-                total += group.n_heads * mean_keys(group.rule, T)
-        return total / (config.n_layer * config.n_head)
+            for group in self.groups(i):
+                total += mean_keys(group.rule, T) / group.of
+        return total / config.n_layer
 
     def draw(self, T):
         """The masks as text: D on the grid, S a sink, W in the window, . not attended."""

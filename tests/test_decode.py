@@ -103,7 +103,7 @@ def test_slots_count_each_layer_and_group():
         _, cache = run_in_pieces(model, idx, pattern, random_pieces(T, rng), max_len=120)
         p = torch.arange(T)
         for layer, counts in enumerate(cache.slots):
-            needed = [group.rule.allowed(T, p).sum() for group in pattern.groups(layer, 4)]
+            needed = [group.rule.allowed(T, p).sum() for group in pattern.groups(layer)]
             assert counts == needed, f"{pattern} layer {layer}"
 
 

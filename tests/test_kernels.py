@@ -303,9 +303,8 @@ def test_attention_under_autocast():
 def group_cache(span, max_len, B=2, H=3, Dh=8, dtype=torch.float32):
     """An empty cache of one head group, on the kernels' device, whose state is drawn."""
     rule = Rule(*span).within(max_len)
-    group = Group(rule, slice(0, H))
-    like = randn(0, Dh, dtype=dtype)
-    return GroupCache(group, Layout(rule, max_len), like, B, randn(2, B, H, Dh))
+    like = randn(B, H, 0, Dh, dtype=dtype)
+    return GroupCache(Group(rule), Layout(rule, max_len), like, randn(2, B, H, Dh))
 
 
 def fill(cache, k, v):
@@ -318,9 +317,8 @@ def fill(cache, k, v):
 
 def in_float64(cache):
     """The same cache for the definition, which wants numbers in empty slots too."""
-    group = Group(cache.rule, cache.group.heads)
-    like = cache.k[0, 0].double()
-    twin = GroupCache(group, cache.layout, like, len(cache.k), cache.state.double())
+    like = cache.k[:, :, :0].double()
+    twin = GroupCache(cache.group, cache.layout, like, cache.state.double())
     twin.k.copy_(cache.k.nan_to_num())
     twin.v.copy_(cache.v.nan_to_num())
     return twin
@@ -386,8 +384,7 @@ def test_decay_of_a_step_is_precise(g):
     cache.state.zero_()
     fill(cache, *randn(2, 2, 3, 5, 8))
     plain = in_float64(cache)
-    group = Group(cache.rule, cache.group.heads)
-    single = GroupCache(group, cache.layout, cache.k[0, 0], 2, cache.state.clone())
+    single = GroupCache(cache.group, cache.layout, cache.k[:, :, :0], cache.state.clone())
     seen = torch.tensor([5], device=DEVICE)
     single.recur(token)
     plain.recur(token.map(lambda z: z.double()))

@@ -525,7 +525,7 @@ def test_hybrid_heads_are_each_head_by_itself():
 
     mix.out_proj.register_forward_hook(look)
     for pattern in ("D1/D4/N4K3/D8S2", "D1", "D4", "N4K3", "D8S2"):
-        mix(x, rope, Pattern.parse(pattern).groups(1, 4))
+        mix(x, rope, Pattern.parse(pattern).groups(1))
     for head in range(4):
         assert_same(f"head {head}", seen[0][:, :, head], seen[head + 1][:, :, head], 1e-6)
 
@@ -537,7 +537,7 @@ def test_hybrid_layers_are_each_layer_by_itself():
     rope = rope_angles(torch.arange(30), 8)
     x = model.embed(idx)
     for block, rule in zip(model.blocks, ("D4W2", "D1/D8", "D4W2")):
-        x = block(x, rope, Pattern.parse(rule).groups(0, 4))
+        x = block(x, rope, Pattern.parse(rule).groups(0))
     assert_same("logits", model(idx, "D4W2,D1/D8"), model.head(x), 1e-6)
 
 

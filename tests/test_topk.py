@@ -208,8 +208,8 @@ STEPS = [(0, 0, 0, 5, 2, "mean", None), (5, 0, 0, 5, 2, "minmax", 3), (4, 6, 3, 
 
 def new_cache(rule, max_len, dtype, B=1, h=2, Dh=16):
     state = torch.ones(2, B, h, Dh, device=DEVICE, dtype=dtype)
-    like = torch.zeros(0, Dh, device=DEVICE, dtype=dtype)
-    return TopkCache(Group(rule, slice(0, h)), Layout(rule, max_len), like, B, state)
+    like = torch.zeros(B, h, 0, Dh, device=DEVICE, dtype=dtype)
+    return TopkCache(Group(rule), Layout(rule, max_len), like, state)
 
 
 @pytest.mark.parametrize("dilation, window, sinks, block, K, score, splits", STEPS)
