@@ -615,7 +615,7 @@ def within(x, n: tl.constexpr):
 
 @jit
 def sees_near(t, p, ITSELF: tl.constexpr, SPAN: tl.constexpr):
-    """Is p before t, at most `reach` away, and does the query at t see it? ITSELF 1: or is p = t?"""
+    """Does the query at t see p, which is before t and at most `reach` away? ITSELF 1: or is t."""
     sees = within(t - p - 1 + ITSELF, SPAN.reach + ITSELF)
     if SPAN.window < SPAN.reach:  # not for today's patterns
         sees = sees & allowed(t, p, SPAN)

@@ -8,8 +8,8 @@ positions: with dilation D it keeps every D-th position, and the cache shrinks D
   o, q, k, v, g = in_proj(RMSNorm(x))                                                         (1)
   k~_t = a_t * k~_{t-1} + (1 - a_t) * k_t      a_t = sigmoid(g_t); v~ has the same decay      (2)
   y_t  = sum over allowed p of softmax_p(RoPE(q)_t . RoPE(k~)_p / sqrt(Dh)) v~_p              (3)
-  allowed: p <= t and ((p + 1) mod D == 0 or t - p <= W or p < S                              (4)
-                       or, with top-k blocks, p lies in one of the K blocks chosen by q_t)
+  allowed: p <= t and ((p + 1) mod D == 0 or t - p <= W or p < S)                             (4)
+           with top-k blocks also: p <= t in the own block of t, or in one of K - 1 earlier blocks
   x    = x + out_proj(sigmoid(o) * y)          then  x = x + fc2(gelu(fc1(RMSNorm(x))))       (5)
 
   code              shape            paper
@@ -138,7 +138,7 @@ def on_grid(p, dilation):
 
 def allowed(t, p, dilation, window, sinks):
     """May a query at position t attend to the key at position p? Equation (4), the definition of
-    every pattern.
+    every pattern. Top-k blocks add to it: see `choose_blocks`.
 
     t, p: integers or integer tensors that broadcast. Returns bool. ValueError for negative sizes.
     The grid is absolute: all queries share it. A key that is off the grid and no sink is never
@@ -225,8 +225,8 @@ def masked_attention(q, k, v, mask):
     """Equation (3) for a given mask: softmax(q k^T / sqrt(Dh)) v, where the softmax runs over keys
     whose mask is True.
 
-    q: (B, H, T, Dh); k, v: (B, H, n, Dh); mask: bool, broadcasts to (B, H, T, n). Returns (B, H, T,
-    Dh).
+    q: (B, H, T, Dh); k, v: (B, H, n, Dh); mask: bool, broadcasts to (B, H, T, n), or one of
+    PyTorch's own masks. Returns (B, H, T, Dh).
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -235,9 +235,9 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     """Causal attention of a whole sequence, equation (3), over the positions that equation (4)
     allows.
 
-    q, k_rec, v_rec: (B, H, T, Dh), one dtype, after RoPE. Returns (B, H, T, Dh), differentiable.
-    Where all earlier positions are allowed it is dense attention, PyTorch's own. ValueError for
-    shapes that do not match.
+    q, k_rec, v_rec: (B, H, T, Dh), after RoPE, one dtype unless autocast chooses it. Returns (B, H,
+    T, Dh), differentiable. With dilation 1, or a window over all, it is dense attention, PyTorch's
+    own. ValueError for shapes or dtypes that do not match.
     """
     require(q.shape == k_rec.shape == v_rec.shape,
             "attention: q, k_rec, v_rec share a shape (B, H, T, Dh), not {}, {}, {}",
@@ -355,7 +355,9 @@ class Rule:
         return allowed(t, p, *self.span)
 
     def within(self, max_len):
-        """The same rule for sequences of up to max_len positions: longer sizes are cut to that."""
+        """The same rule for sequences of up to max_len positions: a longer window, more sinks and
+        larger blocks are cut to that.
+        """
         window = min(self.window, max_len)
         sinks = min(self.sinks, max_len)
         block = min(self.block, max(1, max_len))
@@ -440,7 +442,9 @@ class Projection(nn.Linear):
 
 
 class Mixing(nn.Module):
-    """Temporal mixing, the part of a transformer that RAT+ changes: equations (1) to (5)."""
+    """Temporal mixing, the part of a transformer that RAT+ changes: (1) to (4), and the gate and
+    out_proj of (5).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -541,15 +545,16 @@ class Block(nn.Module):
 #   slot         0    1  |  2    3    4  |  5    6    7
 #   position     0    1  | 12   13    -  |  3    7   11        the window of query 14 is 11, 12, 13
 #
-# Slot 4 is a hole: it is the ring slot of 11, but 11 is on the grid and has its slot there. What
-# the hole still holds, position 8, is ignored. Which position lies in a slot follows from `seen`
-# alone, so there is no table of positions. Keys are stored after RoPE.
+# Slot 4 is a hole: it is the ring slot of 11, but 11 is on the grid and has its slot there.
+# `positions` calls it empty, so whatever it holds is not attended to. A sink on the grid leaves a
+# hole too. Which position lies in a slot follows from `seen` alone, so there is no table of
+# positions. Keys are stored after RoPE.
 
 class Layout:
     """The slots of a head group: which position lies in which slot."""
 
     def __init__(self, rule, max_len):
-        self.rule = rule.within(max_len)
+        self.rule = rule.within(max_len)               # of what is kept, not of who attends
         if rule.dilation == 1 or rule.topk:            # every position is on the grid, in order
             self.rule = Rule(dilation=1)
         self.span = self.rule.span
@@ -574,7 +579,7 @@ class Layout:
         in_ring = slot - self.rule.sinks
         in_grid = slot - self.before_grid
         last = seen - 1
-        latest = last - (last - in_ring) % max(self.ring, 1)    # the last p whose ring slot this is
+        latest = last - (last - in_ring) % max(self.ring, 1)    # last p = in_ring modulo ring
         p = torch.where(in_grid < 0, latest, (in_grid + 1) * self.rule.dilation - 1)
         p = torch.where(in_ring < 0, slot, p)
         empty = (p < 0) | (p > last) | (self.slot_of(p) != slot)
@@ -594,8 +599,10 @@ class Layout:
         return p.to(device), self.slot_of(p).to(device)
 
     @functools.lru_cache(maxsize=16)
-    def ring_slots(self, start, device):
-        """The slots of the positions before `start` that are within reach, in order of position."""
+    def window_slots(self, start, device):
+        """The slots of the positions before `start` that are within reach, in order of position,
+        those on the grid too.
+        """
         p = torch.arange(max(start - self.ring, 0), start)
         return self.slot_of(p).to(device)
 
@@ -604,7 +611,7 @@ class GroupCache:
     """The keys (after RoPE), the values and the recurrent state of one head group of one layer.
 
     k, v: (B, heads, slots, Dh); like: the same without slots. state: (2, B, heads, Dh), a view of
-    the layer's; without recurrence it has no elements.
+    the layer's; without recurrence it has no elements. arrived: zeros, in which kernels count.
     """
 
     def __init__(self, group, layout, like, state):
@@ -624,7 +631,9 @@ class GroupCache:
         return int(self.layout.keeps(p, seen).sum())
 
     def bytes_read(self, t):
-        """Mean of the bytes that a step reads of it, over the positions in t (n,), int64, CPU."""
+        """Mean of the bytes that a step must read of it, over the positions in t (n,), int64, CPU.
+        The plain step reads all slots.
+        """
         earlier = self.rule.count_keys(t) - 1          # its own key is not read from the cache
         return earlier.mean().item() * 2 * self.k[:, :, :1].nbytes
 
@@ -645,7 +654,7 @@ class GroupCache:
         """k_rec and v_rec with the keys and values before `start` that are within reach in front,
         in order of position.
         """
-        slots = self.layout.ring_slots(start, self.k.device)
+        slots = self.layout.window_slots(start, self.k.device)
         k = torch.cat((self.k.index_select(2, slots), k_rec), dim=2)
         v = torch.cat((self.v.index_select(2, slots), v_rec), dim=2)
         return k, v
@@ -783,10 +792,10 @@ class TopkCache(GroupCache):
 class Cache:
     """What decoding keeps of `batch` sequences of up to max_len tokens. RATPlus.new_cache makes it.
 
-    length: how many tokens it has seen. seen: the same number on the device, (1,) int64, for the
-    kernels. groups[layer][group]: a GroupCache. state[layer]: (2, B, C) float32 (float64 in a
-    float64 model), k~ before RoPE and v~. The dtype of keys and values is fixed here; so is the
-    dtype that prefill and steps compute in.
+    length: how many tokens it has seen. seen: the same number on the device, (1,) int64.
+    groups[layer][group]: a GroupCache. state[layer]: (2, B, C) float32 (float64 in a float64
+    model), k~ before RoPE and v~. The dtype of keys and values is fixed here; so is the dtype that
+    prefill and steps compute in.
     """
 
     def __init__(self, config, batch, max_len, pattern, dtype, weight):
@@ -814,7 +823,9 @@ class Cache:
     def new_group(self, group, like, state):
         block = group.rule.within(self.max_len).block or 1
         max_len = -(-self.max_len // block) * block    # top-k: whole blocks
-        layout = self.layouts.setdefault(group.rule, Layout(group.rule, max_len))
+        if group.rule not in self.layouts:
+            self.layouts[group.rule] = Layout(group.rule, max_len)
+        layout = self.layouts[group.rule]
         kind = TopkCache if group.rule.topk else GroupCache
         return kind(group, layout, group.pick(like), group.pick(state, dim=2))
 
@@ -872,9 +883,9 @@ class Cache:
 def head_loss(x, weight, targets, dtype):
     """Output head and cross-entropy, summed over the targets that are not -100: a float32 scalar.
 
-    x: (N, C); weight: (V, C); targets: (N,) int64; dtype: of the matrix product. Another target
-    outside [0, V) is a ValueError on a CPU. On a GPU the sum is NaN then, since an error would have
-    to wait for the device.
+    x: (N, C); weight: (V, C); targets: (N,) int64; dtype: of the kernel's matrix product. Another
+    target outside [0, V) is a ValueError on a CPU. On a GPU the sum is NaN then, since an error
+    would have to wait for the device.
     """
     wrong = (targets != -100) & ((targets < 0) | (targets >= len(weight)))
     if not targets.is_cuda:
@@ -1034,10 +1045,9 @@ class RATPlus(nn.Module):
 
     @torch.no_grad()
     def decode(self, logits, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
-        """Yield tokens (B,) without end: the first drawn from logits (B, V), each next one after
-        appending the one before.
-
-        A sequence that yielded `stop` yields it ever after. ValueError when the cache is full.
+        """Yield tokens (B,) until the cache is full, which is a ValueError: the first drawn from
+        logits (B, V), each next one after appending the one before. A sequence that yielded `stop`
+        yields it ever after.
 
         With kernels on a GPU this has three phases. The first step runs as it is, which compiles
         the kernels. Then a step is captured as a CUDA graph, which runs nothing: a graph is a list
@@ -1276,7 +1286,7 @@ class Pattern:
         return rule.allowed(t[:, None], t)
 
     def keys_per_token(self, config, T):
-        """Mean number of keys per query in a window of T tokens, over positions, layers and heads.
+        """Mean number of keys per query in a sequence of T tokens, over positions, layers, heads.
         """
         total = 0.0
         for i in range(config.n_layer):
@@ -1285,7 +1295,9 @@ class Pattern:
         return total / config.n_layer
 
     def draw(self, T):
-        """The masks as text: D on the grid, S a sink, W in the window, . not attended."""
+        """The masks as text: D on the grid, else S a sink, else W in the window, . not attended.
+        ValueError for top-k blocks.
+        """
         lines = []
         for i, rules in enumerate(self.layers):
             for j, rule in enumerate(rules):

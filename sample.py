@@ -24,8 +24,8 @@ import torch
 
 from model import PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint
 from train import (Parser, Tokenizer, add_common_flags, file_of, filled, fingerprint, header, merge,
-                   note, on_gpu, out_of_memory, pattern_flag, real, resolve_compile, resolve_device, run,
-                   say, whole)
+                   note, on_gpu, out_of_memory, pattern_flag, real, resolve_compile, resolve_device,
+                   run, say, whole)
 
 OF_TEXT = {"prompt", "temperature", "top_k", "top_p", "max_len", "tokenizer", "out"}
 OF_BENCH = {"preset", "contexts", "max_batch"}

@@ -2,14 +2,15 @@
 Dense pretraining of RAT+ with active recurrence learning (ARL), and fine-tuning.
 
 A model that may attend everywhere has no need of its recurrence, which then learns to reach back a
-few tokens only. A dilation of 64 needs it to reach 64. So each batch is used for two full updates:
+few tokens only. Under the pattern D64 a query sees every 64th key, and only the recurrence can
+carry what lies between. So by default each batch is used for two full updates, equation (6):
 
-  theta <- AdamW(theta, gradient of loss(batch; theta, D64))    sparse: a short reach costs    (6)
-  theta <- AdamW(theta, gradient of loss(batch; theta, D1))     dense: attention stays as able
+  theta <- AdamW(theta, gradient of loss(batch; theta, D64))    sparse: the recurrence must reach 64
+  theta <- AdamW(theta, gradient of loss(batch; theta, D1))     dense: attention to all keys
 
   code          type       meaning
   arl           patterns   the sparse update's pattern, D64; of several, each batch draws one
-  recurrence    bool       False (--no-recurrence): the attention-only baseline, without ARL
+  recurrence    bool       False (--no-recurrence): the attention-only baseline; by default no ARL
   idx, targets  (B, T)     a batch: B = batch_size windows of T = context tokens
   parts         list       a process's share of a batch, in grad_accum pieces
   lr, min_lr    float      learning rate: peak, and last
@@ -18,8 +19,9 @@ few tokens only. A dilation of 64 needs it to reach 64. So each batch is used fo
 `python train.py --checkpoint out/dense.pt --data mine --out out/mine` fine-tunes a checkpoint.
 `torchrun --nproc-per-node=2 train.py` trains on two GPUs: the same batches, the same losses.
 
-A flag that is given wins over the checkpoint's value, that over the preset's, and that over the
-default. --resume goes on with a run: of the flags that change the result, only --steps may differ.
+A flag has the first of these values: the command line's, the checkpoint's, the preset's, the
+default. The model's shape is always the checkpoint's: another one is refused. --resume goes on with
+a run: of the flags that change the result, only --steps may differ.
 --overwrite starts anew: before the first step it renames the old run's files to NAME.old.
 """
 import argparse
@@ -60,19 +62,20 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
     """Train for the steps first..config.steps - 1, and yield records of how it goes.
 
     batch(step) -> idx, targets: (B, T) int64 on the CPU. pattern: of the main update, dense (D1) in
-    pretraining. arl: patterns for the sparse update before it, of which each step draws one; None
-    among them: no sparse update in that step. stop(): asked after each step; True ends the training there.
+    pretraining. arl: choices for the sparse update before it, of which each step draws one. None is
+    the choice of no sparse update. stop(): asked after each step; True ends the training there.
 
     A record is due after the first step, at the log and eval intervals, and at the end: step (how
     many are done), losses {pattern: nats per token}, lr, norm (of the main update's gradient,
     before clipping), ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only
-    records make the host wait for the device. ValueError if a loss or the norm is not finite.
-    Weights that are NaN stay NaN, so checking them in records, before any save, is enough.
+    records make the host wait for the device. ValueError if a loss or the norm is not finite, or if
+    a loss has no gradient. NaN weights make all later losses NaN, so checking the losses of records
+    is enough, as each save follows one.
     """
     loss_fn = trainable(model, config)
     tokens = config.batch_size * config.context
-    drawn = filter(None, arl)
-    flops = sum(flops_per_token(model, p, config.context) for p in drawn) / max(1, len(arl))
+    sparse = filter(None, arl)
+    flops = sum(flops_per_token(model, p, config.context) for p in sparse) / max(1, len(arl))
     flops += flops_per_token(model, pattern, config.context)
     start = time.perf_counter()
     since = first
@@ -124,9 +127,9 @@ def update(loss_fn, optimizer, parts, pattern, clip):
 
 
 def draw(patterns, step, config):
-    """The pattern of a step's sparse update: the same again for the same seed and step."""
-    if len(patterns) < 2:
-        return patterns[0] if patterns else None
+    """One of the patterns for a step's sparse update: the same for the same seed and step."""
+    if not patterns:
+        return None
     return patterns[np.random.default_rng((config.seed, step, 1)).integers(len(patterns))]
 
 
@@ -443,9 +446,10 @@ class Stream:
 def in_order(step, config, stream):
     """Windows of a batch that reads the data in order, once if it is long enough.
 
-    The stream is cut into batch_size stretches. Row r reads the r-th from one end to the other, and
-    again when it is used up. What a step reads does not depend on how many steps there will be.
-    Offsets are multiples of T, so that samples of T tokens stay whole.
+    The stream is cut into batch_size stretches. Row r of each batch goes on where row r of the last
+    one ended, within the r-th stretch, and begins again at its end. What a step reads does not
+    depend on how many steps there will be. Offsets are multiples of T, so samples of T tokens stay
+    whole. A stream of fewer windows than rows is read at random instead.
     """
     count = sum(stream.counts(stream.T))
     if count < config.batch_size:                           # rows would read the same
@@ -471,7 +475,7 @@ def evenly(stream, config):
 def cut(stream, windows, eot=-1):
     """The tokens of windows: idx, targets (B, T) int64; a target of -100 does not count.
 
-    That is a target whose mask is 0, and the one after end-of-text, since the first token of
+    That is a target whose mask is not 1, and the one after end-of-text, since the first token of
     another document can't be known. ValueError for a token beyond the vocabulary.
     """
     T = stream.T
@@ -591,7 +595,7 @@ def read_head(path):
     """(offset in bytes, number of tokens) of a .bin: nanoGPT's plain uint16, or llm.c's format.
 
     llm.c and modded-nanogpt write 256 int32 before the tokens: a magic number, the version, and the
-    number of tokens. ValueError, saying what was seen, for anything else.
+    number of tokens. ValueError, saying what was seen, for other formats that are known.
     """
     with open(path, "rb") as f:
         head = f.read(4096)
@@ -620,7 +624,7 @@ def read_head(path):
 def scan(tokens, path, chunk=2**20, chunks=64):
     """The largest token, whether GPT-2's end-of-text occurs, and a key that tells them from others.
 
-    All tokens are read up to 64 chunks of 2^20, and of more as many chunks, evenly spread.
+    Up to 64 chunks of 2^20 tokens, all are read; of more tokens 64 chunks, evenly spread.
     """
     n = len(tokens)
     starts = np.linspace(0, max(0, n - chunk), min(chunks, -(-n // chunk))).astype(int)
@@ -666,7 +670,7 @@ def documents(source):
         walk = [(os.path.dirname(root), [], [os.path.basename(root)])]
     for folder, folders, names in walk:
         real = os.path.realpath(folder)
-        if real in visited:                                             # a link back to a parent
+        if real in visited:                                             # by a link: already seen
             folders.clear()
             continue
         visited.add(real)
@@ -687,9 +691,9 @@ def documents(source):
 def borders(docs):
     """For each Document the number of its bytes that are for training, from its beginning.
 
-    A text is for validation if its number is divisible by 20, whatever other texts there are. Where
-    such texts hold less than 4 KiB, all others give their last 20th as well. Where they hold more
-    than half of all, every text gives its last 20th and no more.
+    A text is for validation if its number is divisible by 20. Where such texts hold less than 4
+    KiB, all others give their last 20th as well. Where they hold more than half of all, every text
+    gives its last 20th and no more.
     """
     val = [doc.size for doc in docs if doc.number % 20 == 0]
     if sum(val) > sum(doc.size for doc in docs) / 2:
@@ -939,16 +943,18 @@ def add_common_flags(parser):
     parser.flag("--device", None, "cpu, cuda, cuda:1 ...; default: cuda if there is one")
     parser.flag("--dtype", None, "float32 or bfloat16; default: bfloat16 on cuda, else float32",
                 choices=("float32", "bfloat16"))
-    parser.flag("--seed", 0, "of the weights, of random offsets, of sampling", whole(0))
+    parser.flag("--seed", 0, "of the weights, of random offsets and patterns, of sampling",
+                whole(0))
 
 
 def add_data_flags(parser):
     """The flags of every script that reads data."""
     parser.flag("--data", ["stdlib"], "stdlib (Python's own source), text files, folders of texts, "
-                "or folders with train.bin and val.bin; several are read one after the other",
+                "or folders with train.bin and val.bin; each row of a batch "
+                "reads a stretch of all of them",
                 source_flag, nargs="+")
     parser.flag("--tokenizer", None, "of texts: bytes (default) or gpt2; of .bin files: what they "
-                "were made with, or ids (default)", choices=("bytes", "gpt2", "ids"))
+                "were made with; default: ids", choices=("bytes", "gpt2", "ids"))
     parser.flag("--split-on", None, "in text files, the text between two documents, such as "
                 "<|endoftext|>", filled)
     parser.flag("--eot", None, "end-of-text token of .bin files, -1 for none; default: the "
@@ -1000,7 +1006,9 @@ def resolve_device(config):
 
 
 def resolve_compile(config, default):
-    """Fill in config.compile: False, with a note, where torch.compile lacks what it needs."""
+    """Fill in config.compile: False where torch.compile lacks what it needs, with a note if it was
+    asked for.
+    """
     needs = "triton" if on_gpu(config) else os.environ.get("CXX", "g++")
     able = importlib.util.find_spec(needs) if on_gpu(config) else shutil.which(needs)
     if config.compile and not able:
@@ -1010,7 +1018,7 @@ def resolve_compile(config, default):
 
 
 def resolve_fit(config):
-    """The same, and config.compile. ValueError if flags of training do not go together."""
+    """Fill in device, dtype, compile. ValueError if flags of training do not go together."""
     resolve_device(config)
     resolve_compile(config, on_gpu(config))
     if config.batch_size % (WORLD * config.grad_accum):
@@ -1038,9 +1046,10 @@ def header(model, config):
 # Checkpoints and logs
 
 OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}         # not saved
-OF_A_RUN = {"checkpoint", "pattern", "seed", "dtype"}                   # saved, not inherited
+OF_A_RUN = {"checkpoint", "pattern", "seed", "dtype"}       # saved; a new run takes none
 FREE = {"steps", "log_interval", "eval_interval", "eval_batch", "grad_accum", "checkpointing"}
-# A resumed run may have other FREE flags: more steps prolong it, the others change no result.
+# A resumed run may have other FREE flags. More steps prolong it, and stretch the schedule of the
+# learning rate; the others change no result.
 
 
 def recorded(flags):
@@ -1080,7 +1089,7 @@ def file_of(pattern, out):
 
 
 def fingerprint(model):
-    """Eight hex digits that tell weights from others: adapted checkpoints name their parent so."""
+    """Eight hex digits that tell weights from others: checkpoints name their parent so."""
     weights = model.embed.weight.detach().float().cpu().numpy()
     return hashlib.md5(weights.tobytes()).hexdigest()[:8]
 
@@ -1180,8 +1189,8 @@ def train_flags():
          "such update; default: D64, none without recurrence", arl_flag, nargs="+")
     flag("--pattern", None, "the pattern of all updates, without ARL; it names the checkpoint",
          pattern_flag)
-    flag("--checkpoint", None, "weights to start a new run from, in another --out; adapted ones go "
-         "on in their pattern alone", filled)
+    flag("--checkpoint", None, "weights to start a new run from; adapted ones go on in their "
+         "pattern alone", filled)
     parser.switch("--random", False, "read windows at random offsets, not in order")
     flag("--eval-interval", 250, "steps between validations; each saves a checkpoint", whole())
     return parser
