@@ -1357,12 +1357,12 @@ def launch_decode(kernel, token, cache, rope, seen, splits, *arguments, **consta
     arguments, constants: what this kernel takes besides those of decode_kernel.
     """
     o, q, k, v, g = token
-    B, h, _, Dh = cache.k.shape
-    y = q.new_empty(B, h, Dh)
+    B, h, Dh = q.shape
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
     partial = q.new_empty(B * h, splits, Dh + 2, dtype=torch.float32)
     gate, state = (k, (k, v)) if g is None else (g, cache.state)       # without g placeholders
     parts = [token_rows(x) for x in (y, o, q, k, v, gate, *state)]
-    launch(kernel, (B * h, splits), q, *parts, *rope, rows(cache.k), rows(cache.v), seen, partial,
+    launch(kernel, (B * h, splits), q, *parts, *rope, *rows_of(cache.k, cache.v), seen, partial,
            cache.arrived, h, log2_scale(q), *arguments,
            RECURRENCE=g is not None, DH=Dh, BD=triton.next_power_of_2(Dh),
            BS=triton.next_power_of_2(splits), **constants)
