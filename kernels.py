@@ -17,8 +17,9 @@ the output. Programs start in the order of their number.
   b, h, bh         a sequence, a head, and both as one number bh = b * H + h
   t, p             position of a query, position of a key
   SPAN             dilation, window, sinks of a rule, and its reach
-  BT BC BM BN BV   sides of a program's tile: time, channels, queries, keys, vocabulary
-  BS               number of splits, rounded up to a power of 2
+  BT BC BM BN BV   sides of a program's tile: time, channels, queries, keys (or slots, or blocks),
+                   vocabulary
+  BS               number of splits (or blocks), rounded up to a power of 2
   RUN, COPIES      see the recurrence
 
 A comment after a line often gives the shape of a tile. `python kernels.py` times the main
@@ -160,19 +161,20 @@ def store_rows(x, b, h, row, values, live, DH: tl.constexpr, BD: tl.constexpr):
 #   h_t = P_t * h_in + H_t     P_t: product of the tile's decays up to t, H_t: its scan from zero
 #
 # h_in, the h just before the tile, comes from the program before. So the tiles of a sequence form a
-# chain, but a chain that carries BC numbers at a time: the rest is done before they arrive. A
+# chain, but one that carries 2 BC numbers at a time: the rest is done before they arrive. A
 # number travels as one 64-bit word, its float32 bits above a flag. The reader spins until all flags
 # are set. No fence is needed, since a word arrives whole. The chain can't lock up: a program waits
 # only for one of a smaller number, and that one has started before it.
 #
 # A program owns BT steps x BC channels of one sequence, as a tile (N, RUN, BC) with t = n * RUN +
-# r. The RUN steps of a run lie in one thread's registers and are scanned there. Only the runs'
-# ends, a RUN-th of the data, go through shared memory.
+# r. The RUN steps of a run lie in the registers of one thread or of a few neighbours, and are
+# scanned there. Only the runs' ends, a RUN-th of the data, go through shared memory.
 #
 # Grid: chunks x B x C / BC, chunks slowest. Bytes per element in bf16: reads k, v, g, writes k_rec,
-# v_rec: 10. The chain adds 2 words of 8 / BT, each zeroed, written and read. Without a chain it
-# would be 16: one pass for the tiles' ends, one for the outputs. Limits: registers (a tile holds P,
-# H and the inputs in float32); for one long sequence the chain's latency.
+# v_rec: 10. The chain adds two words of 8 bytes for each BT steps of a channel, which are zeroed,
+# written and read. Without a chain it would be 16: one pass for the tiles' ends, one for the
+# outputs. Limits: registers (a tile holds P, H and the inputs in float32); for one long sequence
+# the chain's latency.
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -193,8 +195,8 @@ def then(a1, k1, v1, a2, k2, v2):
 
 @jit
 def then_run(a1, k1, v1, A1, K1, V1, a2, k2, v2, A2, K2, V2):
-    """The same for runs of steps. Small letters: inclusive scan of the runs. Capitals: exclusive
-    scan, hence what enters each run.
+    """The same for runs of steps. Small letters: inclusive scan of the runs. Capitals start at the
+    step that changes nothing (1, 0, 0) and compose all earlier runs: what enters each run.
     """
     return a1 * a2, a2 * k1 + k2, a2 * v1 + v2, a1 * A2, A2 * k1 + K2, A2 * v1 + V2
 
@@ -573,7 +575,8 @@ class Span(NamedTuple):
     """A rule's sizes as a constant of a kernel.
 
     reach: the largest t - p of a key that a query sees and that is neither on the grid nor a sink.
-    Loops over the window and the ring of a cache are this long; masks use the sizes themselves.
+    Loops over the window and the ring of a cache are this long. Today it equals the window; a new
+    field of a pattern may make it longer.
     """
     dilation: int
     window: int
@@ -588,7 +591,7 @@ def span_of(dilation, window, sinks):
 
 
 def span_within(T, dilation, window, sinks):
-    """The sizes for sequences of T positions: longer ones are cut to that."""
+    """The sizes for sequences of T positions: a longer window and more sinks are cut to that."""
     return [dilation, min(window, T), min(sinks, T)]
 
 
@@ -708,6 +711,7 @@ def slot_in_use(n, t, SPAN: tl.constexpr):
 #   near       before t, at most `reach` away
 #   lasting    farther back, a sink or on the grid: every later query sees it too
 #
+# (The backward pass, by keys, and decoding call all sinks and the grid lasting, however near.)
 # The lasting positions form a list, j -> p. A program owns BM queries of one head. Itself starts
 # the online softmax (m: largest score, l: sum, acc: weighted values), so no query is ever without a
 # key. Then come tiles of BN lasting keys, gathered row by row from the list, and tiles of BN
@@ -768,7 +772,8 @@ def attention_forward_kernel(
     `start`.
 
     Row i of k and v is the key at position origin + i. CACHED: lasting keys come from k_cache,
-    v_cache, Rows of (B, H, slots, Dh), instead.
+    v_cache, Rows of (B, H, slots, Dh), instead; else origin is 0. Near keys have three parts:
+    [first, inner), [inner, inner + whole), where all queries see all keys, and the rest.
     """
     bh, b, h, row = query_block(H, T, BM)
     i = row + tl.arange(0, BM)
@@ -796,15 +801,15 @@ def attention_forward_kernel(
     if SPAN.reach > 0:
         begin = start + row
         first = tl.maximum(begin - SPAN.reach, 0)
-        inner = tl.cdiv(tl.maximum(end - 1 - SPAN.window - first, 0), BN) * BN
-        inner = tl.minimum(first + inner, begin)       # from here to `begin` all queries see all
+        behind = tl.maximum(end - 1 - SPAN.window - first, 0)          # not in the last's window
+        inner = tl.minimum(first + tl.cdiv(behind, BN) * BN, begin)
         whole = (begin - inner) // BN * BN
         for p0 in tl.range(inner, inner + whole, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
             k_tile = load_rows(k, b, h, p - origin, p >= 0, DH, BD)
             v_tile = load_rows(v, b, h, p - origin, p >= 0, DH, BD)
             acc, l, m = add_scores(dot_rows(q_tile, k_tile), v_tile, scale, acc, l, m)
-        for edge in tl.range(first, end - whole, BN, num_stages=STAGES):        # before, behind
+        for edge in tl.range(first, end - whole, BN, num_stages=STAGES):       # skips `whole` keys
             p = tl.where(edge < inner, edge, edge + whole) + tl.arange(0, BN)
             k_tile = load_rows(k, b, h, p - origin, p < end, DH, BD)
             v_tile = load_rows(v, b, h, p - origin, p < end, DH, BD)
@@ -828,9 +833,9 @@ def attention_forward_kernel(
 # float32 sums go through memory and are added in a fixed order: the same input gives the same
 # gradient, to the bit. Atomic additions would not.
 #
-# Bytes, bf16, per query and head: dQ reads q, k, v, y, dO and writes dq, dk, dv: 16 Dh. dK, dV read
-# q, dO once per key tile, mostly from the L2 cache: the tiles of a head run side by side. FLOPs: 6
-# and 8 Dh per pair, where the forward pass has 4.
+# Bytes, bf16, per query and head: dQ reads q, k, v, y, dO and writes dq, ALONE dk, dv too: 12 or 16
+# Dh. dK, dV read q, dO once per key tile, mostly from the L2 cache: the tiles of a head run side by
+# side. FLOPs: 6 and 8 Dh per pair, where the forward pass has 4.
 
 @jit
 def add_dq(q, k, v, dy, sees, lse, delta, scale, dq):
@@ -847,7 +852,9 @@ def attention_backward_q_kernel(
         H, T, scale, factor,
         ALONE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """As the forward kernel. delta (B, H, T) float32; factor 1 / sqrt(Dh)."""
+    """As the forward kernel at start 0, without a cache. delta (B, H, T) float32; factor: 1 /
+    sqrt(Dh).
+    """
     bh, b, h, first = query_block(H, T, BM)
     t = first + tl.arange(0, BM)
     live = t < T
@@ -1132,8 +1139,8 @@ def attention_chunk(q, k_local, v_local, cache, start):
 # sequences of h heads and n slots in use, in bf16:
 #
 #   attend    by all      reads 4 B h n Dh bytes, writes 4 B h splits (Dh + 2)
-#   finish    by the last reads that again, and 10 B h Dh of in_proj's output and 8 of the state;
-#                         writes 8 and 4 + 2
+#   finish    by the last reads that again, 8 B h Dh of in_proj's output and 8 B h Dh of the state;
+#                         writes 8 B h Dh of state, 4 of a key and a value, 2 of y
 #
 # H100, 3.0 TB/s, width 2048 in bf16, one layer: 128 sequences at T 4096 hold n = 4096 (D1), 256
 # (D16), 64 (D64) or 516 (D16W256S4) slots = 4.29, 0.27, 0.07, 0.54 GB, hence 1.43, 0.09, 0.02, 0.18
@@ -1145,10 +1152,10 @@ def attention_chunk(q, k_local, v_local, cache, start):
 # A key is used once, by one query: two multiply-adds per channel read. That is far too little for
 # tensor cores to matter, so the arithmetic is float32 on the ordinary cores. What matters is that
 # loads never wait. So each of the BN rows of a tile has its own running softmax (m, l, acc), each
-# row lies in one warp, and the loop has no barrier. Rows, then splits, meet once at the end. (The
-# usual order, one maximum per tile, would meet in every iteration.)
+# row lies in one warp, and the loop's sums need no barrier. Rows, then splits, meet once at the
+# end. (The usual order, one maximum per tile, would meet in every iteration.)
 #
-#   row r, keys p = r, r + BN, ...:   s = q . k~_p log2(e) / sqrt(Dh)     m' = max(m, s)
+#   row r, slots r, r + BN, ...:      s = q . k~_p log2(e) / sqrt(Dh)     m' = max(m, s)
 #                                     l' = l 2^(m - m') + 2^(s - m')
 #                                     acc' = acc 2^(m - m') + 2^(s - m') v~_p
 #   meeting:                          M = max m,  y = sum 2^(m - M) acc / sum 2^(m - M) l
@@ -1288,8 +1295,8 @@ def decode_kernel(
     program of a head finishes the token.
 
     partial (B * H, splits, Dh + 2) float32: acc, m, l. arrived (B * H,) int32: zeros, before and
-    after. The shares follow from `seen`, equal at any length to one tile. Slots that hold no
-    allowed position are not loaded.
+    after. The shares follow from `seen`: at any length they differ by one tile at most. Slots that
+    hold no allowed position are not loaded.
     """
     bh = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -1330,7 +1337,7 @@ def token_rows(x):
 
 def split_count(programs, slots, BN, device):
     """How many programs share the slots of a head: enough to fill the GPU, and at least two tiles
-    for each.
+    for each once the cache is full.
     """
     if device.type != "cuda":
         return 1
@@ -2148,7 +2155,8 @@ def attention_topk(q, k_rec, v_rec, rule, summaries):
 # ---------------------------------------------------------------------------------------------
 # Top-k blocks: decoding, two launches per head group
 #
-#   choose    grid (B h,)           reads the summaries, writes K ints
+#   choose    grid (B h,)           reads the summaries, writes K ints, a score for each block, and
+#                                   now and then a summary
 #   attend    grid (B h, splits)    reads the chosen blocks, and the granted keys besides; the last
 #                                   program of a head finishes the token, as in `decode`
 #
@@ -2188,8 +2196,9 @@ def decode_choose_kernel(
         K: tl.constexpr, N: tl.constexpr, SCORE: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
         BN: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
         STAGES: tl.constexpr):
-    """Program (bh): chosen (B * H, K) int32, the own block, then the best. scores (B * H, n)
-    float32: scratch. The query is rounded, as in a whole sequence.
+    """Program (bh): chosen (B * H, K) int32, the own block, then the best of the earlier ones, as
+    many as there are. scores (B * H, n) float32: scratch. The query is rounded, as in a whole
+    sequence.
     """
     bh = tl.program_id(0).to(tl.int64)
     b = bh // H
