@@ -1177,7 +1177,7 @@ def train_flags():
     add_common_flags(parser)
     add_data_flags(parser)
     add_fit_flags(parser)
-    flag("--preset", None, "shape and recipe; default: laptop on a CPU, small on a GPU",
+    flag("--preset", None, "shape and recipe; default: small for your data on a GPU, else laptop",
          choices=[*PRESETS])
     flag("--n-layer", None, "layers; default: the preset's", whole(1, 1000))
     flag("--n-head", None, "heads; default: the preset's", whole(1, 1024))
@@ -1230,10 +1230,15 @@ def of_checkpoint(path, model, meta, given, known):
     return {**saved, **shape}
 
 
+def default_preset(given):
+    """small on a GPU, but for Python's own source, which is too little text for it; else laptop."""
+    gpu = given.get("device", "cuda" if torch.cuda.is_available() else "cpu").startswith("cuda")
+    return "small" if gpu and given.get("data", ["stdlib"]) != ["stdlib"] else "laptop"
+
+
 def settle(parser, given, saved):
     """The config of a run. Names of patterns become Patterns in main."""
-    gpu = given.get("device", "cuda" if torch.cuda.is_available() else "cpu").startswith("cuda")
-    preset = given.get("preset") or saved.get("preset") or ("small" if gpu else "laptop")
+    preset = given.get("preset") or saved.get("preset") or default_preset(given)
     recipe = {**PRESETS[preset], **RECIPES[preset], "preset": preset}
     config = merge(parser.defaults, recipe, saved, given)
     resolve_fit(config)

@@ -204,6 +204,17 @@ def test_the_pattern_of_all_updates_names_the_checkpoint():
     refused(train.main, "--checkpoint", "out/D8.pt", "--pattern", "D4", "--out", "b", why="was trained in D8 alone")
 
 
+@pytest.mark.parametrize("given, preset", [
+    (dict(device="cpu"), "laptop"),
+    (dict(device="cuda"), "laptop"),
+    (dict(device="cuda", data=["stdlib"]), "laptop"),
+    (dict(device="cuda:1", data=["mine"]), "small"),
+    (dict(device="cpu", data=["mine"]), "laptop"),
+])
+def test_python_s_source_is_for_the_laptop_preset_on_a_gpu_too(given, preset):
+    assert train.default_preset(given) == preset
+
+
 def test_arl_of_several_patterns_draws_one_for_each_batch():
     pretrain("--arl", "D2", "D4", "W2", "--steps", 12)
     drawn = [next(iter(step)) for step in losses().values()]
