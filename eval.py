@@ -198,7 +198,7 @@ def measure(run, tokens):
         with autocast(config):                                  # the cache has the compute dtype
             cache = model.new_cache(1, T, pattern, device="meta")
         keys = pattern.keys_per_token(model.config, T)
-        read = cache.read(torch.arange(T))
+        read = cache.bytes_read(torch.arange(T))
         losses.append(Loss(str(pattern), weights, run.name, loss, keys, cache.nbytes / T, read))
     return losses
 

@@ -871,7 +871,7 @@ class Cache:
             counts.append([group.held(self.seen) for group in groups])
         return counts
 
-    def read(self, t):
+    def bytes_read(self, t):
         """Mean of the bytes that a step reads, over the positions in t (n,), int64, CPU."""
         states = sum(z.nbytes for z in self.state)
         return states + sum(group.bytes_read(t) for group in self.all_groups())

@@ -269,7 +269,7 @@ def measure(model, context, pattern, batch, random, flags):
     capture, _ = seconds(lambda: next(tokens), device)
     first = cache.length
     step, _ = seconds(lambda: list(itertools.islice(tokens, flags.tokens)), device)
-    read = cache.read(torch.arange(first, cache.length))
+    read = cache.bytes_read(torch.arange(first, cache.length))
     moved = read + sum(z.nbytes for z in (*model.parameters(), *cache.state))
     peak = torch.cuda.max_memory_allocated(device) if on_gpu(flags) else None
     return Measured(batch, prefill, step / flags.tokens, cache.nbytes, read, moved, peak, warm_up,

@@ -132,12 +132,12 @@ def test_bytes_held_and_read_with_topk_blocks():
         for pattern, keys in (("N8K3", 24), ("D8N8K3", 24 + 9), ("D8W3S2N8K12", 96)):
             cache = model.new_cache(3, 96, f"{pattern}:{score}")
             assert cache.nbytes == 2 * 96 * row + 12 * n * row + state, "`last` holds keys alone"
-            read = cache.read(torch.tensor([95]))
+            read = cache.bytes_read(torch.tensor([95]))
             assert read == 2 * (keys - 1) * row + 11 * max(n, 1) * row + state
             assert model.new_cache(3, 96, cache.pattern, device="meta").nbytes == cache.nbytes
     for pattern, held in (("D1", 95), ("D4W3S2", 23 + 3 + 2), ("W5S1", 6)):
         cache = model.new_cache(3, 96, pattern)
-        assert cache.read(torch.tensor([95])) == 2 * held * row + state, "all that is held"
+        assert cache.bytes_read(torch.tensor([95])) == 2 * held * row + state, "all that is held"
 
 
 def test_streaming_memory_is_bounded():

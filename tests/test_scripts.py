@@ -1190,7 +1190,7 @@ def test_bench_measures_each_pattern_against_dense(capsys, monkeypatch):
         cache = shape.new_cache(batch, int(row["context"]) + 4, row["pattern"])
         assert row["cache MB"] == f"{cache.nbytes / 1e6:.1f}"
         steps = torch.arange(int(row["context"]) + 2, int(row["context"]) + 4)
-        assert row["read MB"] == f"{cache.read(steps) / 1e6:.1f}"
+        assert row["read MB"] == f"{cache.bytes_read(steps) / 1e6:.1f}"
         assert abs(float(row["tok/s"]) - 1e3 * batch / float(row["ms per step"])) < 0.6
         dense = next(r for r in rows if r["pattern"] == "D1"
                      and (r["context"], r["batch"]) == (row["context"], row["batch"]))
