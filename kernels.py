@@ -619,10 +619,7 @@ def within(x, n: tl.constexpr):
 @jit
 def sees_near(t, p, ITSELF: tl.constexpr, SPAN: tl.constexpr):
     """Does the query at t see p, which is before t and at most `reach` away? ITSELF 1: or is t."""
-    sees = within(t - p - 1 + ITSELF, SPAN.reach + ITSELF)
-    if SPAN.window < SPAN.reach:  # not for today's patterns
-        sees = sees & allowed(t, p, SPAN)
-    return sees
+    return within(t - p - 1 + ITSELF, SPAN.window + ITSELF)
 
 
 @jit
@@ -806,7 +803,7 @@ def attention_forward_kernel(
         whole = (begin - inner) // BN * BN
         for p0 in tl.range(inner, inner + whole, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
-            k_tile = load_rows(k, b, h, p - origin, p >= 0, DH, BD)
+            k_tile = load_rows(k, b, h, p - origin, p >= 0, DH, BD)    # all of them
             v_tile = load_rows(v, b, h, p - origin, p >= 0, DH, BD)
             acc, l, m = add_scores(dot_rows(q_tile, k_tile), v_tile, scale, acc, l, m)
         for edge in tl.range(first, end - whole, BN, num_stages=STAGES):       # skips `whole` keys
@@ -1208,6 +1205,37 @@ def recur(x, g, state, b, h, d, DH: tl.constexpr):
 
 
 @jit
+def this_token(q, cos, sin, seen, H, scale, DH: tl.constexpr, BD: tl.constexpr):
+    """What the programs of a token begin with: bh, b, h, its position t, d (BD,), cos_d and sin_d,
+    and the query.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    t = tl.load(seen).to(tl.int32)
+    d = tl.arange(0, BD)
+    cos_d, sin_d = load_turn(cos, sin, d, DH)
+    return bh, b, h, t, d, cos_d, sin_d, load_query(q, b, h, cos_d, sin_d, d, scale, DH)
+
+
+@jit
+def share_of(tiles):
+    """The first of this program's tiles, and the end. The shares of a head follow from `seen`: at
+    any length they differ by one tile at most.
+    """
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    return tiles * split // splits, tiles * (split + 1) // splits
+
+
+@jit
+def no_rows(BN: tl.constexpr, BD: tl.constexpr):
+    """acc, l, m before the first tile."""
+    acc = tl.zeros((BN, BD), tl.float32)
+    return acc, tl.zeros((BN,), tl.float32), tl.full((BN,), EMPTY, tl.float32)
+
+
+@jit
 def add_rows(q_row, k, v, here, acc, l, m):
     """A tile of the row-wise online softmax. q_row (BD,); k, v, acc (BN, BD); here, l, m (BN,)."""
     s = tl.where(here, tl.sum(q_row[None, :] * k.to(tl.float32), axis=1), float("-inf"))
@@ -1236,6 +1264,20 @@ def is_last(arrived, n):
     if before == n - 1:
         tl.store(arrived, 0)                           # for the next step
     return before == n - 1
+
+
+@jit
+def finish_share(
+        y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial, arrived,
+        acc, l, m, q_row, cos_d, sin_d, d, bh, b, h, t,
+        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BS: tl.constexpr):
+    """Leave what this program has found. The last program of a head finishes the token."""
+    splits = tl.num_programs(1)
+    partial += bh * splits * (DH + 2)
+    store_partial(partial + tl.program_id(1) * (DH + 2), acc, l, m, d, DH)
+    if is_last(arrived + bh, splits):
+        finish_token(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial,
+                     q_row, cos_d, sin_d, d, b, h, t, splits, RECURRENCE, SPAN, DH, BS)
 
 
 @jit
@@ -1295,25 +1337,12 @@ def decode_kernel(
     program of a head finishes the token.
 
     partial (B * H, splits, Dh + 2) float32: acc, m, l. arrived (B * H,) int32: zeros, before and
-    after. The shares follow from `seen`: at any length they differ by one tile at most. Slots that
-    hold no allowed position are not loaded.
+    after. Slots that hold no allowed position are not loaded.
     """
-    bh = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    splits = tl.num_programs(1)
-    b = bh // H
-    h = bh % H
-    t = tl.load(seen).to(tl.int32)
-    d = tl.arange(0, BD)
-    cos_d, sin_d = load_turn(cos, sin, d, DH)
-    q_row = load_query(q, b, h, cos_d, sin_d, d, scale, DH)                             # (BD,)
+    bh, b, h, t, d, cos_d, sin_d, q_row = this_token(q, cos, sin, seen, H, scale, DH, BD)
     in_use = slots_in_use(t, SPAN)
-    tiles = tl.cdiv(in_use, BN)
-    m = tl.full((BN,), EMPTY, tl.float32)
-    l = tl.zeros((BN,), tl.float32)
-    acc = tl.zeros((BN, BD), tl.float32)
-    first = tiles * split // splits
-    end = tiles * (split + 1) // splits
+    acc, l, m = no_rows(BN, BD)
+    first, end = share_of(tl.cdiv(in_use, BN))
     for tile in tl.range(first, end, num_stages=STAGES):
         n = tile * BN + tl.arange(0, BN)
         slot = slot_in_use(n, t, SPAN)
@@ -1323,11 +1352,8 @@ def decode_kernel(
         k_tile = load_rows(k_cache, b, h, slot, here, DH, BD)                           # (BN, BD)
         v_tile = load_rows(v_cache, b, h, slot, here, DH, BD)
         acc, l, m = add_rows(q_row, k_tile, v_tile, here, acc, l, m)
-    partial += bh * splits * (DH + 2)
-    store_partial(partial + split * (DH + 2), acc, l, m, d, DH)
-    if is_last(arrived + bh, splits):
-        finish_token(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial,
-                     q_row, cos_d, sin_d, d, b, h, t, splits, RECURRENCE, SPAN, DH, BS)
+    finish_share(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial, arrived, acc, l, m,
+                 q_row, cos_d, sin_d, d, bh, b, h, t, RECURRENCE, SPAN, DH, BS)
 
 
 def token_rows(x):
@@ -2200,17 +2226,11 @@ def decode_choose_kernel(
     many as there are. scores (B * H, n) float32: scratch. The query is rounded, as in a whole
     sequence.
     """
-    bh = tl.program_id(0).to(tl.int64)
-    b = bh // H
-    h = bh % H
-    t = tl.load(seen).to(tl.int32)
+    bh, b, h, t, _, _, _, q_row = this_token(q, cos, sin, seen, H, 1.0, DH, BD)
     own = t // N
     if (t % N == 0) & (own > 0):
         write_summary(summaries, k_cache, b, h, own - 1, SCORE, N, BR, DH, BD)
         tl.debug_barrier()                             # other threads read it
-    d = tl.arange(0, BD)
-    cos_d, sin_d = load_turn(cos, sin, d, DH)
-    q_row = load_query(q, b, h, cos_d, sin_d, d, 1.0, DH)                               # (BD,)
     q_row = q_row.to(q.ptr.dtype.element_ty).to(tl.float32)
     scores += bh * n
     low = minima(summaries, DH)
@@ -2249,28 +2269,16 @@ def decode_blocks_kernel(
     granted keys. Granted keys in a chosen block are not loaded again. SPAN: of the granted keys;
     HELD: of the cache, which holds every position.
     """
-    bh = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    splits = tl.num_programs(1)
-    b = bh // H
-    h = bh % H
-    t = tl.load(seen).to(tl.int32)
-    d = tl.arange(0, BD)
+    bh, b, h, t, d, cos_d, sin_d, q_row = this_token(q, cos, sin, seen, H, scale, DH, BD)
     slot = tl.arange(0, BK)
-    cos_d, sin_d = load_turn(cos, sin, d, DH)
-    q_row = load_query(q, b, h, cos_d, sin_d, d, scale, DH)                             # (BD,)
     chosen += bh * K
     taken = tl.minimum(t // N + 1, K)
     blocks = tl.load(chosen + slot, mask=slot < taken, other=-1)                        # (BK,)
     lasts = count_lasting(t, SPAN)
     near = tl.maximum(t - SPAN.reach, 0)
     chosen_tiles = tl.cdiv(taken * N, BN)
-    tiles = chosen_tiles + granted_tiles(lasts, near, t, SPAN, BN)
-    m = tl.full((BN,), EMPTY, tl.float32)
-    l = tl.zeros((BN,), tl.float32)
-    acc = tl.zeros((BN, BD), tl.float32)
-    first = tiles * split // splits
-    end = tiles * (split + 1) // splits
+    acc, l, m = no_rows(BN, BD)
+    first, end = share_of(chosen_tiles + granted_tiles(lasts, near, t, SPAN, BN))
     for tile in tl.range(first, end, num_stages=STAGES):
         n = tile * BN + tl.arange(0, BN)
         in_blocks = n < taken * N
@@ -2287,11 +2295,8 @@ def decode_blocks_kernel(
         k_tile = load_rows(k_cache, b, h, p, here, DH, BD)                              # (BN, BD)
         v_tile = load_rows(v_cache, b, h, p, here, DH, BD)
         acc, l, m = add_rows(q_row, k_tile, v_tile, here, acc, l, m)
-    partial += bh * splits * (DH + 2)
-    store_partial(partial + split * (DH + 2), acc, l, m, d, DH)
-    if is_last(arrived + bh, splits):
-        finish_token(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial, q_row,
-                     cos_d, sin_d, d, b, h, t, splits, RECURRENCE, HELD, DH, BS)
+    finish_share(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial, arrived, acc, l, m,
+                 q_row, cos_d, sin_d, d, bh, b, h, t, RECURRENCE, HELD, DH, BS)
 
 
 DECODE_TILES = {                                       # for 128 channels: the fastest on an H100
