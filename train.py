@@ -21,8 +21,8 @@ carry what lies between. So by default each batch is used for two full updates, 
 
 A flag has the first of these values: the command line's, the checkpoint's, the preset's, the
 default. The model's shape is always the checkpoint's: another one is refused. --resume goes on with
-a run: of the flags that change the result, only --steps may differ.
---overwrite starts anew: before the first step it renames the old run's files to NAME.old.
+a run: of the flags that change the result, only --steps may differ. --overwrite starts anew: before
+the first step it renames the old run's files to NAME.old.
 """
 import argparse
 import codecs
@@ -74,8 +74,7 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
     """
     loss_fn = trainable(model, config)
     tokens = config.batch_size * config.context
-    sparse = filter(None, arl)
-    flops = sum(flops_per_token(model, p, config.context) for p in sparse) / max(1, len(arl))
+    flops = sum(flops_per_token(model, p, config.context) for p in arl if p) / max(1, len(arl))
     flops += flops_per_token(model, pattern, config.context)
     start = time.perf_counter()
     since = first
@@ -950,9 +949,8 @@ def add_common_flags(parser):
 def add_data_flags(parser):
     """The flags of every script that reads data."""
     parser.flag("--data", ["stdlib"], "stdlib (Python's own source), text files, folders of texts, "
-                "or folders with train.bin and val.bin; each row of a batch "
-                "reads a stretch of all of them",
-                source_flag, nargs="+")
+                "or folders with train.bin and val.bin; each row of a batch reads a stretch of all "
+                "of them", source_flag, nargs="+")
     parser.flag("--tokenizer", None, "of texts: bytes (default) or gpt2; of .bin files: what they "
                 "were made with; default: ids", choices=("bytes", "gpt2", "ids"))
     parser.flag("--split-on", None, "in text files, the text between two documents, such as "
