@@ -329,7 +329,8 @@ def bench(flags):
     prepare(model, flags)
     copy = copy_bandwidth(device)
     weights = sum(p.nbytes for p in model.parameters())
-    print(f"{flags.checkpoint or flags.preset + ', random weights'} | a copy moves "
+    print(f"{flags.checkpoint or flags.preset + ', random weights'}"
+          f"{', compiled steps' * flags.compile} | a copy moves "
           f"{copy / 1e9:.0f} GB/s, reading the weights at that takes {1e3 * weights / copy:.2f} ms",
           HEAD.format(tokens=flags.tokens), sep="", flush=True)
     for context in flags.contexts:

@@ -48,6 +48,19 @@ def assert_decodes(model, idx, pattern, pieces, max_len=None):
     assert cache.length == cache.seen.item() == idx.shape[1]
 
 
+@pytest.mark.parametrize("pattern", ["D4W3", "D1/D8", "N4K2"])
+def test_a_compiled_step_is_the_step(pattern):
+    """Dynamo traces it once for all layers; the backend runs what it traced as it is."""
+    torch.compiler.reset()
+    model = tiny(n_layer=3)
+    idx = torch.randint(50, (2, 9))
+    want = model.generate(idx, 12, pattern, temperature=0)
+    traced = []
+    model.compile_step(backend=lambda graph, inputs: traced.append(graph) or graph, dynamic=False)
+    assert model.generate(idx, 12, pattern, temperature=0).equal(want)
+    assert len(traced) == 2, "before and after the caches' part"
+
+
 # ---------------------------------------------------------------------------------------------
 # The layout of the cache
 
