@@ -40,6 +40,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     if __name__ == "__main__":
         sys.exit("kernels.py: triton is not installed")
@@ -128,6 +129,45 @@ def packed_channels(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def packed_rows(x):
+    """x with channels side by side, and every row at a multiple of 16 bytes. Copied if need be."""
+    unit = 16 // x.element_size()
+    strides = [stride for stride, n in zip(x.stride()[:3], x.shape) if n > 1]
+    ready = all(stride and stride % unit == 0 for stride in strides)
+    if ready and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    Dh = x.shape[-1]
+    copy = x.new_empty(*x.shape[:3], triton.cdiv(Dh, unit) * unit)[..., :Dh]
+    return copy.copy_(x)
+
+
+class Tiles(NamedTuple):
+    """Rows of which there are n: what a kernel takes where it can't take a descriptor."""
+    ptr: Tensor
+    b: int
+    h: int
+    t: int
+    n: int
+
+
+def has_copy_engine(x):
+    """Can the device of x fetch tiles by descriptors? Hopper GPUs and later ones can."""
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def tiles_of(x, n, BD):
+    """Packed rows x (B, H, T, Dh), to load n rows of a head at a time: a descriptor, or Tiles.
+
+    By a descriptor the copy engine fetches a tile in one instruction, without an address for each
+    element. Rows beyond T and channels beyond Dh are read as zeros.
+    """
+    if not has_copy_engine(x):
+        return Tiles(*rows(x), x.shape[2])
+    unit = 16 // x.element_size()
+    strides = [stride if size > 1 else unit for stride, size in zip(x.stride(), x.shape)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, n, BD])
+
+
 @jit
 def head(x, b, h):
     """Where head h of sequence b begins in Rows x."""
@@ -141,6 +181,18 @@ def load_rows(x, b, h, row, live, DH: tl.constexpr, BD: tl.constexpr):
     mask = live[:, None] if DH == BD else live[:, None] & (d < DH)[None, :]
     at = row.to(tl.int64)[:, None] * x.t + d[None, :]
     return tl.load(head(x, b, h) + at, mask=mask, other=0)
+
+
+@jit
+def load_tile(x, b, h, row, ENGINE: tl.constexpr, N: tl.constexpr, DH: tl.constexpr,
+              BD: tl.constexpr):
+    """Rows row .. row + N - 1 of head h of sequence b: (N, BD). x: what tiles_of gives."""
+    if ENGINE:
+        tile = x.load([b.to(tl.int32), h.to(tl.int32), row, 0]).reshape(N, BD)
+    else:
+        i = row + tl.arange(0, N)
+        tile = load_rows(x, b, h, i, (i >= 0) & (i < x.n), DH, BD)
+    return tile
 
 
 @jit
@@ -569,6 +621,7 @@ def rotate(x, cos, sin):
 # original over all positions and slots. Positions are int32 here.
 
 FAR = tl.constexpr(2**30)  # a position that no query reaches; so T < 2^30
+LOWEST = tl.constexpr(-3e38)                           # the least score
 
 
 class Span(NamedTuple):
@@ -702,18 +755,19 @@ def slot_in_use(n, t, SPAN: tl.constexpr):
 # Sparse attention, equations (3) and (4)
 #
 # What is slow: the definition scores all T x T pairs and then masks nearly all of them.
-# The idea: the keys that a query at t sees are of three kinds, and every key is of one kind only:
+# The idea: a query at t sees keys of three kinds, and every key is of one kind only:
 #
-#   itself     p = t
-#   near       before t, at most `reach` away
-#   lasting    farther back, a sink or on the grid: every later query sees it too
+#   near       at most `reach` positions back, t itself too
+#   grid       farther back, on the grid
+#   sinks      farther back, a sink that is not on the grid
 #
-# (The backward pass, by keys, and decoding call all sinks and the grid lasting, however near.)
-# The lasting positions form a list, j -> p. A program owns BM queries of one head. Itself starts
-# the online softmax (m: largest score, l: sum, acc: weighted values), so no query is ever without a
-# key. Then come tiles of BN lasting keys, gathered row by row from the list, and tiles of BN
-# neighbours. Most tiles of a wide window are seen by all BM queries, so they need no mask. So cost
-# grows with T / D + S + W.
+# In memory the keys of a kind lie at equal distances, so the copy engine of the GPU can fetch tiles
+# of BN of them. A program owns BM queries of one head. It goes through the tiles of each kind with
+# an online softmax (m: largest score, l: sum, acc: weighted values). Most tiles are seen by all BM
+# queries, so they need no mask. Without a window only the query itself is near. It then opens the
+# softmax, by a product of rows instead of tiles. So cost grows with T / D + S + W.
+#
+# The backward pass and decoding take the grid and the sinks as one list of *lasting* keys, j -> p.
 #
 # Scores are in units of log2: scale = log2(e) / sqrt(Dh), so that exp2, which the hardware has,
 # replaces exp. lse = m + log2(l) is kept for the backward pass. Grid: query blocks x B x H, the
@@ -759,59 +813,101 @@ def query_block(H, T, BM: tl.constexpr):
     return bh, bh // H, bh % H, block * BM
 
 
+NEAR = tl.constexpr(0)                                  # the kinds of keys
+GRID = tl.constexpr(1)
+SINKS = tl.constexpr(2)
+
+
+@jit
+def rows_seen(begin, end, origin, KIND: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr):
+    """Which rows of a kind the queries at begin .. end - 1 see: (first, inner, whole, last).
+
+    They lie in [first, last). All queries see all of [inner, inner + whole), in tiles of BN.
+    """
+    near = tl.maximum(begin - SPAN.reach, 0)                           # not near the first query
+    far = tl.maximum(end - 1 - SPAN.reach, 0)                          # nor, up to here, the last
+    if KIND == NEAR:
+        behind = tl.maximum(end - 1 - SPAN.window - near, 0)           # not in the last's window
+        inner = tl.minimum(near + tl.cdiv(behind, BN) * BN, begin)
+        whole = (begin - inner) // BN * BN
+        seen = near - origin, inner - origin, whole, end - origin
+    elif KIND == GRID:
+        seen = 0, 0, near // SPAN.dilation // BN * BN, far // SPAN.dilation
+    else:
+        seen = 0, 0, 0, tl.minimum(far, SPAN.sinks)
+    return seen
+
+
+@jit
+def sees_rows(t, row, origin, KIND: tl.constexpr, SPAN: tl.constexpr):
+    """Which of these rows of a kind the queries at t see: (len(t), len(row))."""
+    if KIND == NEAR:
+        sees = sees_near(t[:, None], (origin + row)[None, :], 1, SPAN)
+    elif KIND == GRID:
+        sees = ((row + 1) * SPAN.dilation - 1)[None, :] < t[:, None] - SPAN.reach
+    else:
+        sees = (row < SPAN.sinks)[None, :] & (row[None, :] < t[:, None] - SPAN.reach)
+        if SPAN.dilation > 0:
+            sees = sees & ((row + 1) % SPAN.dilation != 0)[None, :]    # those are on the grid
+    return sees
+
+
+@jit
+def attend(q, k, v, b, h, t, begin, end, origin, scale, acc, l, m, KIND: tl.constexpr,
+           SPAN: tl.constexpr, ENGINE: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+           BN: tl.constexpr, STAGES: tl.constexpr):
+    """acc, l, m of the softmax after all keys of a kind. k, v: its rows, as tiles_of gives them."""
+    first, inner, whole, last = rows_seen(begin, end, origin, KIND, SPAN, BN)
+    for row in tl.range(inner, inner + whole, BN, num_stages=STAGES):
+        k_tile = load_tile(k, b, h, row, ENGINE, BN, DH, BD)
+        v_tile = load_tile(v, b, h, row, ENGINE, BN, DH, BD)
+        acc, l, m = add_scores(dot_rows(q, k_tile), v_tile, scale, acc, l, m)
+    for edge in tl.range(first, last - whole, BN, num_stages=STAGES):          # skips `whole` rows
+        row = tl.where(edge < inner, edge, edge + whole)
+        k_tile = load_tile(k, b, h, row, ENGINE, BN, DH, BD)
+        v_tile = load_tile(v, b, h, row, ENGINE, BN, DH, BD)
+        sees = sees_rows(t, row + tl.arange(0, BN), origin, KIND, SPAN)
+        acc, l, m = add_keys(q, k_tile, v_tile, sees, scale, acc, l, m)
+    return acc, l, m
+
+
 @jit
 def attention_forward_kernel(
-        q, k, v, y, k_cache, v_cache, lse,
+        q, k, v, y, near_k, near_v, grid_k, grid_v, sinks_k, sinks_v, lse,
         H, T, start, origin, scale,
-        CACHED: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+        ENGINE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
     """q, k, v, y: Rows of (B, H, T, Dh); lse (B, H, T) float32. The first query is at position
-    `start`.
+    `start`, row i of k and v at position origin + i.
 
-    Row i of k and v is the key at position origin + i. CACHED: lasting keys come from k_cache,
-    v_cache, Rows of (B, H, slots, Dh), instead; else origin is 0. Near keys have three parts:
-    [first, inner), [inner, inner + whole), where all queries see all keys, and the rest.
+    near, grid, sinks: the rows of each kind, as tiles_of gives them. Row i of near is row i of k,
+    row j of grid is the j-th position of the grid, row p of sinks is position p.
     """
     bh, b, h, row = query_block(H, T, BM)
     i = row + tl.arange(0, BM)
     live = i < T
     t = start + i
+    begin = start + row
     end = start + tl.minimum(row + BM, T)
     q_tile = load_rows(q, b, h, i, live, DH, BD)                                        # (BM, BD)
-    own_k = load_rows(k, b, h, t - origin, live, DH, BD)
-    m = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
-    l = tl.full((BM,), 1, tl.float32)
-    acc = load_rows(v, b, h, t - origin, live, DH, BD).to(tl.float32)
-    n = count_lasting(tl.maximum(end - 1 - SPAN.reach, 0), SPAN)
-    for j0 in tl.range(0, n, BN, num_stages=STAGES):
-        j = j0 + tl.arange(0, BN)
-        p = lasting(j, n, SPAN)                                                         # (BN,)
-        if CACHED:
-            slot = slot_of(p, SPAN)
-            k_tile = load_rows(k_cache, b, h, slot, j < n, DH, BD)
-            v_tile = load_rows(v_cache, b, h, slot, j < n, DH, BD)
-        else:
-            k_tile = load_rows(k, b, h, p, j < n, DH, BD)
-            v_tile = load_rows(v, b, h, p, j < n, DH, BD)
-        sees = p[None, :] < t[:, None] - SPAN.reach
-        acc, l, m = add_keys(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
     if SPAN.reach > 0:
-        begin = start + row
-        first = tl.maximum(begin - SPAN.reach, 0)
-        behind = tl.maximum(end - 1 - SPAN.window - first, 0)          # not in the last's window
-        inner = tl.minimum(first + tl.cdiv(behind, BN) * BN, begin)
-        whole = (begin - inner) // BN * BN
-        for p0 in tl.range(inner, inner + whole, BN, num_stages=STAGES):
-            p = p0 + tl.arange(0, BN)
-            k_tile = load_rows(k, b, h, p - origin, p >= 0, DH, BD)    # all of them
-            v_tile = load_rows(v, b, h, p - origin, p >= 0, DH, BD)
-            acc, l, m = add_scores(dot_rows(q_tile, k_tile), v_tile, scale, acc, l, m)
-        for edge in tl.range(first, end - whole, BN, num_stages=STAGES):       # skips `whole` keys
-            p = tl.where(edge < inner, edge, edge + whole) + tl.arange(0, BN)
-            k_tile = load_rows(k, b, h, p - origin, p < end, DH, BD)
-            v_tile = load_rows(v, b, h, p - origin, p < end, DH, BD)
-            sees = sees_near(t[:, None], p[None, :], 0, SPAN)
-            acc, l, m = add_keys(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
+        m = tl.full((BM,), LOWEST, tl.float32)
+        l = tl.zeros((BM,), tl.float32)
+        acc = tl.zeros((BM, BD), tl.float32)
+    else:
+        own_k = load_rows(k, b, h, t - origin, live, DH, BD)
+        m = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
+        l = tl.full((BM,), 1, tl.float32)
+        acc = load_rows(v, b, h, t - origin, live, DH, BD).to(tl.float32)
+    if SPAN.sinks > 0:
+        acc, l, m = attend(q_tile, sinks_k, sinks_v, b, h, t, begin, end, 0, scale, acc, l, m,
+                           SINKS, SPAN, ENGINE, DH, BD, BN, STAGES)
+    if SPAN.dilation > 0:
+        acc, l, m = attend(q_tile, grid_k, grid_v, b, h, t, begin, end, 0, scale, acc, l, m,
+                           GRID, SPAN, ENGINE, DH, BD, BN, STAGES)
+    if SPAN.reach > 0:
+        acc, l, m = attend(q_tile, near_k, near_v, b, h, t, begin, end, origin, scale, acc, l, m,
+                           NEAR, SPAN, ENGINE, DH, BD, BN, STAGES)
     store_rows(y, b, h, i, acc / l[:, None], live, DH, BD)
     tl.store(lse + bh * T + i, m + tl.log2(l), mask=live)
 
@@ -953,7 +1049,7 @@ WIDE = {
     1024: dict(BM=16, BN=16, STAGES=1, num_warps=4),
 }
 FORWARD_TILES = {
-    128: dict(BM=64, BN=32, STAGES=3, num_warps=4, maxnreg=96),
+    128: dict(BM=64, BN=64, STAGES=2, num_warps=4, maxnreg=128),
     256: dict(BM=64, BN=32, STAGES=2, num_warps=4, maxnreg=128),
     **WIDE,
 }
@@ -987,22 +1083,39 @@ def log2_scale(q):
     return math.log2(math.e) / math.sqrt(q.shape[-1])
 
 
+def keys_of(k, v, span, constants, cache=None):
+    """near_k, near_v, grid_k, grid_v, sinks_k, sinks_v for the forward kernel. cache: a
+    model.GroupCache that holds the grid and the sinks; else they are rows of k and v.
+    """
+    near = k, v
+    if cache:
+        held = [packed_rows(x) for x in (cache.k, cache.v)]
+        grid = [x[:, :, cache.layout.before_grid:] for x in held]
+    else:
+        held = near
+        step = max(1, span.dilation)
+        grid = [x[:, :, step - 1::step] for x in near]
+    sinks = [x[:, :, :span.sinks] for x in held]
+    return [tiles_of(x if x.numel() else like, constants["BN"], constants["BD"])
+            for kind in (near, grid, sinks) for x, like in zip(kind, near)]
+
+
 def run_attention(q, k, v, span, start=0, cache=None):
     """y (B, H, T, Dh) and lse (B, H, T) of queries from position `start` on; k and v end where q
-    does.
-
-    cache: (k, v) of a cache that holds the lasting keys, where k and v do not begin at position 0.
+    does. cache: as in keys_of, for k and v that do not begin at position 0.
     """
     span = span_of(*span)
     y, lse = new_attention(q, k, v, span)
-    q, k, v = (packed_channels(x) for x in (q, k, v))
+    if y.numel() == 0:
+        return y, lse
+    q = packed_channels(q)
+    k, v = packed_rows(k), packed_rows(v)
     B, H, T, _ = q.shape
     constants = head_constants(FORWARD_TILES, q, span)
-    k_cache, v_cache = cache or (k, v)
     origin = start + T - k.shape[2]
     launch(attention_forward_kernel, triton.cdiv(T, constants["BM"]) * B * H, q,
-           *rows_of(q, k, v, y, k_cache, v_cache), lse,
-           H, T, start, origin, log2_scale(q), CACHED=cache is not None, **constants)
+           *rows_of(q, k, v, y), *keys_of(k, v, span, constants, cache), lse,
+           H, T, start, origin, log2_scale(q), ENGINE=has_copy_engine(q), **constants)
     return y, lse
 
 
@@ -1122,7 +1235,7 @@ def attention_chunk(q, k_local, v_local, cache, start):
     positions. cache: model.GroupCache, in whose sinks and grid the chunk is stored already. A
     lasting key is read from there, every other from k_local.
     """
-    y, _ = run_attention(q, k_local, v_local, cache.layout.span, start, (cache.k, cache.v))
+    y, _ = run_attention(q, k_local, v_local, cache.layout.span, start, cache)
     return y
 
 
@@ -1457,7 +1570,6 @@ def decode(token, cache, rope, seen, splits=None):
 # Limits: B H T K < 2^31; K up to 64 or so, as more overflow the lanes and are sought by bisection.
 
 WORD = tl.constexpr(64)                                # queries that share a word
-LOWEST = tl.constexpr(-3e38)                           # the least score of a past block
 BOTTOM = tl.constexpr(-0x7f800001 * 2**31)             # -inf as the search has it
 
 

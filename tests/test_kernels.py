@@ -241,6 +241,24 @@ def test_attention_over_several_tiles(span):
     compare(of_one_head(kernels.attention, span), of_one_head(model.attention, span), x=x)
 
 
+@pytest.mark.parametrize("span", [(16, 150, 4), (3, 0, 2), (0, 12, 4)], ids=str)
+def test_attention_without_a_copy_engine(monkeypatch, span):
+    """Before Hopper, tiles are loaded element by element."""
+    monkeypatch.setattr(kernels, "has_copy_engine", lambda x: False)
+    x = randn(1, 200, 3, 1, 8)
+    compare(of_one_head(kernels.attention, span), of_one_head(model.attention, span), x=x)
+
+
+def test_attention_of_rows_that_descriptors_can_not_describe():
+    """Rows that are shared, or begin anywhere: they are copied."""
+    q = randn(2, 2, 40, 8)
+    shared = randn(1, 1, 40, 8).expand(2, 2, 40, 8)
+    odd = randn(2, 2, 40, 9)[..., 1:]
+    for k in shared, odd, odd.mT.contiguous().mT:
+        y = kernels.attention(q, k, k, 4, 3, 2)
+        assert_same("y", y, model.attention(q.double(), k.double(), k.double(), 4, 3, 2))
+
+
 @pytest.mark.parametrize("Dh, dtype", [(2, torch.float32), (24, HALF), (64, torch.float32),
                                        (128, HALF), (256, torch.float32), (512, HALF)])
 def test_attention_head_widths(Dh, dtype):
@@ -405,8 +423,9 @@ def test_a_chunk_reads_lasting_keys_from_the_cache(span):
         rule = cache.layout.rule
         lasting = p[model.on_grid(p, rule.dilation) | (p < rule.sinks)]
         slots = cache.layout.slot_of(lasting)
-        cache.k.fill_(math.nan)
-        cache.v.fill_(math.nan)
+        ring = slice(rule.sinks, cache.layout.before_grid)
+        cache.k[:, :, ring] = math.nan
+        cache.v[:, :, ring] = math.nan
         cache.k[:, :, slots] = k[:, :, lasting]
         cache.v[:, :, slots] = v[:, :, lasting]
         first = start - min(rule.window, start)
