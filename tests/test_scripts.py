@@ -121,6 +121,17 @@ def trained(story, tmp_path):
     return Path("out/dense.pt")
 
 
+@pytest.fixture
+def in_story(story, monkeypatch):
+    """The story's own folder, for calls that are refused and so change nothing there."""
+    folder, _ = story
+    monkeypatch.chdir(folder)
+    before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    yield Path("out/dense.pt")
+    after = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    assert after == before, "a refused call changed a file of the run"
+
+
 def edit(path, change, model=None):
     """Rewrite a checkpoint with `change(meta)` done."""
     saved, meta = load_checkpoint(path)
@@ -771,7 +782,7 @@ def test_the_processes_share_the_batches(trained, monkeypatch):
     ("", "line 2: "),
     (b"\xff", "line 2: "),
 ])
-def test_bad_lines_are_refused_by_file_and_number(trained, monkeypatch, line, why):
+def test_bad_lines_are_refused_by_file_and_number(in_story, monkeypatch, line, why):
     good = json.dumps(ITEMS[0]).encode()
     line = line if isinstance(line, bytes) else line.encode()
     Path("bad.jsonl").write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
@@ -1283,8 +1294,8 @@ def test_bench_of_a_checkpoint_tries_a_smaller_batch_if_memory_runs_out(trained,
     ("sample", ["--bench", "--contexts", "0"], "--contexts"),
     ("sample", ["--bench", "--pattern", "D1/D2/D3"], "do not divide 4 heads"),
 ])
-def test_bad_input_is_an_error_in_words(trained, name, flags, why):
-    Path("torn.pt").write_bytes(trained.read_bytes()[:5000])
+def test_bad_input_is_an_error_in_words(in_story, name, flags, why):
+    Path("torn.pt").write_bytes(in_story.read_bytes()[:5000])
     refused(name, *flags, why=why)
 
 
