@@ -583,13 +583,13 @@ def test_loss_under_autocast_is_close_and_float32(device):
     assert_same("loss", loss, model.loss(idx[:, :-1], idx[:, 1:], "D8W4"), 0.03)
 
 
-@pytest.mark.parametrize("pattern", ["D4W3S1", "D4/W3,D1", "N4K2,D4N4K2:minmax"])
+@pytest.mark.parametrize("pattern", ["D4W3S1/W2,D1", "N4K2,D4N4K2:minmax"])
 def test_checkpointing_gives_the_same_gradients(device, pattern):
     by_kernels = model_py.on_kernels(torch.empty(1, device=device))
     if "K" in pattern and by_kernels and not hasattr(model_py.kernels, "attention_topk"):
         pytest.skip("top-k blocks have no kernel yet")
     model = tiny(n_head=2, n_embd=16).to(device)
-    idx = torch.randint(50, (1, 14), device=device)
+    idx = torch.randint(50, (1, 10), device=device)
     expected = gradients(model, idx, pattern)
     calls = []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
