@@ -15,6 +15,36 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")              # read when triton is imported
 
 
+def patch_once_a_launch():
+    """Triton's interpreter patches triton.language anew at each call within a kernel, which takes
+    as long as all else. Once a launch is enough, for each module of jitted functions.
+    """
+    try:
+        from triton.runtime import interpreter
+        patch = interpreter._patch_lang
+        launch = interpreter.GridExecutor.__call__
+    except (ImportError, AttributeError):
+        return                                                  # another version: slow, but right
+    patched = set()
+
+    def patch_once(fn):
+        module = id(fn.__globals__)
+        if module not in patched:
+            patched.add(module)
+            return patch(fn)
+
+    def launch_anew(*args, **constants):
+        patched.clear()
+        return launch(*args, **constants)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_anew
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once_a_launch()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

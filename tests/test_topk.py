@@ -17,16 +17,16 @@ def relative_error(x, ref):
     return ((x - ref).norm() / ref.norm().clamp(min=1)).item()
 
 
-#          T    n   dilation, window, sinks, block, topk, score
-CASES = [(100, 100, 0, 0, 0, 8, 3, "mean"),                # N divides no T
-         (64, 64, 0, 0, 0, 16, 1, "mean"),                 # K 1: its own block alone
-         (70, 70, 0, 0, 0, 16, 99, "last"),                # more than all blocks: dense
-         (40, 170, 8, 0, 0, 8, 4, "minmax"),               # a chunk of a longer sequence
-         (90, 90, 4, 20, 9, 7, 3, "mean"),                 # the grid crosses the blocks
-         (80, 80, 0, 30, 4, 16, 2, "minmax"),              # a window and sinks, no grid
-         (150, 150, 0, 0, 0, 70, 2, "last"),               # a block of more than one tile
-         (33, 33, 5, 0, 0, 1, 6, "mean"),                  # blocks of one position
-         (20, 20, 0, 3, 0, 50, 2, "mean")]                 # a block larger than the text
+#         B   T    n   dilation, window, sinks, block, topk, score
+CASES = [(2, 70, 70, 0, 0, 0, 8, 3, "mean"),               # N divides no T
+         (1, 64, 64, 0, 0, 0, 16, 1, "mean"),              # K 1: its own block alone
+         (1, 70, 70, 0, 0, 0, 16, 99, "last"),             # more than all blocks: dense
+         (1, 40, 110, 8, 0, 0, 8, 4, "minmax"),            # a chunk of a longer sequence
+         (2, 70, 70, 4, 20, 9, 7, 3, "mean"),              # the grid crosses the blocks
+         (1, 80, 80, 0, 30, 4, 16, 2, "minmax"),           # a window and sinks, no grid
+         (1, 150, 150, 0, 0, 0, 70, 2, "last"),            # a block of more than one tile
+         (1, 20, 20, 5, 0, 0, 1, 6, "mean"),               # blocks of one position
+         (1, 20, 20, 0, 3, 0, 50, 2, "mean")]              # a block larger than the text
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +73,12 @@ def best_blocks(scores, own, K):
 @pytest.mark.parametrize("T, n, block, K, score, levels", [
     (100, 100, 8, 3, "mean", 0), (70, 150, 7, 4, "minmax", 0), (65, 65, 8, 20, "last", 0),
     (100, 100, 4, 5, "mean", 2),                           # scores of few values: many are equal
-    (8, 330, 1, 12, "last", 0), (8, 330, 1, 12, "last", 3)])
+    (8, 330, 1, 12, "last", 0),
+    (8, 140, 1, 12, "last", 3)])                           # the same over several tiles
 def test_choice_is_the_best_blocks_and_of_equals_the_first(T, n, block, K, score, levels):
     """Every query's blocks, and the lists: each pair once, in the order of queries."""
-    q, k = randn(1, 2, T, 16), randn(1, 2, n, 16)
+    heads = 1 if levels else 2                             # ties take long in the interpreter
+    q, k = randn(1, heads, T, 16), randn(1, heads, n, 16)
     if levels:                                             # exact sums, so that ties are exact
         q, k = (x.mul(levels / 2).round() * (torch.arange(16, device=DEVICE) < 2) for x in (q, k))
     check_choice(q, k, block, K, score)
@@ -112,13 +114,13 @@ def check_choice(q, k, block, K, score):
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("T, n, dilation, window, sinks, block, K, score", CASES)
-def test_attention_and_every_gradient(T, n, dilation, window, sinks, block, K, score, dtype):
-    if dtype == torch.float16 and n != 90:
+@pytest.mark.parametrize("B, T, n, dilation, window, sinks, block, K, score", CASES)
+def test_attention_and_every_gradient(B, T, n, dilation, window, sinks, block, K, score, dtype):
+    if dtype == torch.float16 and block != 7:
         pytest.skip("one case in float16 is enough")
     rule = Rule(dilation, window, sinks, block, K, score)
-    q = randn(2, T, 2, 16, dtype=dtype).transpose(1, 2)    # no tensor is contiguous
-    k, v = (randn(2, n, 2, 16, dtype=dtype).transpose(1, 2) for _ in "kv")
+    q = randn(B, T, 2, 16, dtype=dtype).transpose(1, 2)    # no tensor is contiguous
+    k, v = (randn(B, n, 2, 16, dtype=dtype).transpose(1, 2) for _ in "kv")
     check_attention(q, k, v, rule, LIMITS[dtype])
 
 
@@ -167,7 +169,8 @@ def test_long_calls_are_cut_and_give_the_same(monkeypatch):
 
 
 def test_the_same_input_gives_the_same_gradients_to_the_bit():
-    q, k, v = (randn(1, 2, 80, 16).requires_grad_() for _ in "qkv")
+    T = 80 if DEVICE == "cuda" else 20                     # the interpreter runs one by one anyway
+    q, k, v = (randn(1, 2, T, 16).requires_grad_() for _ in "qkv")
 
     def gradients():
         y = attend(q, k, v, Rule(8, 5, 0, 8, 3))
@@ -203,7 +206,7 @@ def test_the_operator_is_sound():
 
 
 #               dilation, window, sinks, block, topk, score, splits
-STEPS = [(0, 0, 0, 5, 2, "mean", None), (5, 0, 0, 5, 2, "minmax", 3), (4, 6, 3, 5, 2, "last", 2)]
+STEPS = [(0, 0, 0, 3, 2, "mean", None), (5, 0, 0, 3, 2, "minmax", 3), (4, 4, 2, 3, 2, "last", 2)]
 
 
 def new_cache(rule, max_len, dtype, B=1, h=2, Dh=16):
@@ -239,8 +242,8 @@ def test_decoding_is_the_plain_step(dilation, window, sinks, block, K, score, sp
 @pytest.mark.parametrize("score", model.SCORES)
 def test_decoding_gives_what_the_sequence_gives(score):
     """Without recurrence and with an open gate, a step's y is the sequence's attention."""
-    T = 20
-    rule = Rule(5, 0, 0, 5, 2, score)
+    T = 12
+    rule = Rule(5, 0, 0, 3, 2, score)
     q, k, v = (randn(1, 2, T, 16) for _ in "qkv")
     y = attend(q, k, v, rule)
     cache = new_cache(rule, T, torch.float32)
