@@ -132,7 +132,7 @@ FUTURE = 2**62                                         # a position after every 
 
 
 def on_grid(p, dilation):
-    """Is p the last position of its block of `dilation`? Dilation 0 means that there is no grid."""
+    """Is p the last of its `dilation` positions? Dilation 0 means that there is no grid."""
     return (p + 1) % dilation == 0 if dilation else p < 0      # p < 0: False, in the shape of p
 
 
@@ -161,13 +161,13 @@ def decay(g):
 
 
 @torch.compiler.disable                                # torch.compile would unroll the loop
-def scan(a, x, h):
-    """All h_t = a_t * h_{t-1} + x_t (2, B, T, C). a: (B, T, C); x: (2, B, T, C); h: (2, B, C)."""
-    steps = []
-    for a_t, x_t in zip(a.unbind(1), x.unbind(2)):
-        h = a_t * h + x_t
-        steps.append(h)
-    return torch.stack(steps, dim=2)
+def scan(a, u, h):
+    """All h_t = a_t * h_{t-1} + u_t (2, B, T, C). a: (B, T, C); u: (2, B, T, C); h: (2, B, C)."""
+    states = []
+    for a_t, u_t in zip(a.unbind(1), u.unbind(2)):
+        h = a_t * h + u_t
+        states.append(h)
+    return torch.stack(states, dim=2)
 
 
 def recurrence(k, v, g, state=None):
@@ -190,11 +190,11 @@ def recurrence(k, v, g, state=None):
         state = k.new_zeros(2, B, C, dtype=exact)
     require(all(z.shape == (B, C) for z in state), f"recurrence: the state is 2 x ({B}, {C})")
     a, rest = decay(g.to(exact))                       # rest: 1 - a
-    x = rest * torch.stack((k, v))                     # (2, B, T, C)
+    u = rest * torch.stack((k, v))                     # (2, B, T, C)
     h = torch.stack(tuple(state))                      # (2, B, C)
-    k_rec, v_rec = scan(a, x, h)
-    end = k_rec[:, -1].clone(), v_rec[:, -1].clone()
-    return k_rec.to(k.dtype), v_rec.to(v.dtype), end
+    k_rec, v_rec = scan(a, u, h)
+    new_state = k_rec[:, -1].clone(), v_rec[:, -1].clone()
+    return k_rec.to(k.dtype), v_rec.to(v.dtype), new_state
 
 
 def rope_angles(t, Dh):
@@ -469,9 +469,9 @@ class Mixing(nn.Module):
         o, q, k, v, g = self.in_proj(self.norm(x))                          # (1)
         k_rec, v_rec = k, v
         if g is not None:
-            k_rec, v_rec, end = recurrence(k, v, g, state)                  # (2)
+            k_rec, v_rec, new_state = recurrence(k, v, g, state)            # (2)
             if state is not None:
-                torch.stack(end, out=state)
+                torch.stack(new_state, out=state)
         q = rotate(self.split_heads(q), *rope)
         k_rec = rotate(self.split_heads(k_rec), *rope)                      # after the recurrence
         v_rec = self.split_heads(v_rec)
@@ -681,8 +681,8 @@ class GroupCache:
             self.store(k_rec, v_rec, start)
             return kernels.attention_chunk(q, *local, self, start)
         t = torch.arange(start, start + T, device=q.device)
-        held = self.layout.positions(t[:1])
-        p = torch.cat((held, t))
+        stored = self.layout.positions(t[:1])
+        p = torch.cat((stored, t))
         k = torch.cat((self.k, k_rec), dim=2)
         v = torch.cat((self.v, v_rec), dim=2)
         y = masked_attention(q, k, v, self.layout.rule.allowed(t[:, None], p))
@@ -694,8 +694,8 @@ class GroupCache:
         if token.g is None:
             return token.k, token.v
         a, rest = decay(token.g.to(self.state.dtype))
-        x = torch.stack((token.k, token.v))
-        self.state.copy_(a * self.state + rest * x)
+        kv = torch.stack((token.k, token.v))
+        self.state.copy_(a * self.state + rest * kv)
         return self.state.to(token.k.dtype)
 
     def step(self, token, rope, seen):
@@ -750,18 +750,18 @@ class TopkCache(GroupCache):
         blocks = (t // self.rule.block).double().mean().item()
         return super().bytes_read(t) + blocks * self.summaries[:, :, :1].nbytes
 
-    def summarise(self, first, end):
-        """Renew the summaries of the blocks that hold positions first - 1 to end - 1.
+    def summarise(self, start, end):
+        """Renew the summaries of the blocks that hold positions start - 1 to end - 1.
 
-        The kernels write a block's summary only at the step after it is full: hence first - 1.
+        The kernels write a block's summary only at the step after it is full: hence start - 1.
         """
         if self.rule.score == "last":
             return
-        block = self.rule.block
-        begin = max(first - 1, 0) // block
-        stop = -(-end // block)
-        keys = self.k[:, :, begin * block:stop * block]
-        self.summaries[:, :, begin:stop] = block_summaries(keys, block, self.rule.score)
+        size = self.rule.block
+        first_block = max(start - 1, 0) // size
+        end_block = -(-end // size)
+        keys = self.k[:, :, first_block * size:end_block * size]
+        self.summaries[:, :, first_block:end_block] = block_summaries(keys, size, self.rule.score)
 
     def attend(self, q, k_rec, v_rec, start):
         q, k_rec, v_rec = map(self.group.pick, (q, k_rec, v_rec))
