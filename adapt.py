@@ -38,10 +38,10 @@ def adapt_flags():
 def settle(parser, given, path, meta):
     """The config: the defaults, what pretraining used, adaptation's own recipe, the given flags."""
     inherited = of_run(path, meta, given, parser.defaults)
-    run_of = merge(parser.defaults, inherited)
-    lr = run_of.lr / 10
+    pretraining = merge(parser.defaults, inherited)
+    lr = pretraining.lr / 10
     steps = max(40, inherited.get("steps", 0) // 100)
-    recipe = {"steps": steps, "lr": lr, "min_lr": min(lr, run_of.min_lr), "warmup": 0.0}
+    recipe = {"steps": steps, "lr": lr, "min_lr": min(lr, pretraining.min_lr), "warmup": 0.0}
     config = merge(parser.defaults, inherited, recipe, given)
     resolve_fit(config)
     config.eval_interval = config.steps                 # validation is at the end only

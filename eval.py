@@ -183,7 +183,7 @@ class Loss(NamedTuple):
     run: str
     loss: float         # nats per token
     keys: float         # per token
-    held: float         # bytes of cache per token
+    cache: float        # bytes per token
     read: float         # bytes of it that a step reads
 
 
@@ -218,7 +218,7 @@ def loss_row(row, losses):
         kept = f"{(floor - row.loss) / (floor - dense.loss):.1%}"
     return table_row([
         *row[:3], f"{row.keys:.1f}",
-        f"{row.held:.0f} ({row.held / dense.held:.1%})",
+        f"{row.cache:.0f} ({row.cache / dense.cache:.1%})",
         f"{row.read:.0f} ({row.read / dense.read:.1%})",
         f"{row.loss:.3f}", f"{row.loss - dense.loss:+.3f}", kept, f"{perplexity(row.loss):.2f}"])
 
@@ -298,7 +298,7 @@ def reach_table(counts):
     return "\n".join(lines)
 
 
-def losses(runs):
+def loss_and_cost(runs):
     """Print the table, the chart and, with --reach, the half-lives."""
     data = [load_data(run.config, run.vocab_size) for run in runs]
     check_alike(runs, [tokens.key for tokens in data])
@@ -361,8 +361,8 @@ def encode(query, choice, coder):
     other. Blanks at the end of the query count as the choice's.
     """
     if isinstance(query, str) and isinstance(choice, str):
-        start = list(coder.encode(query.rstrip()))
-        return start, list(coder.encode(query + " " + choice))[len(start):]
+        query_ids = list(coder.encode(query.rstrip()))
+        return query_ids, list(coder.encode(query + " " + choice))[len(query_ids):]
     if isinstance(query, list) and isinstance(choice, list):
         if all(type(token) is int for token in query + choice):
             return query, choice
@@ -371,22 +371,22 @@ def encode(query, choice, coder):
 
 def make_choice(query, choice, coder, config, vocab_size):
     """The Choice of a query and a choice. An empty query becomes end-of-text."""
-    start, end = encode(query, choice, coder)
+    query_ids, choice_ids = encode(query, choice, coder)
     eot = config.eot if coder.eot is None else coder.eot
-    if not start and eot in (None, -1):
+    if not query_ids and eot in (None, -1):
         raise ValueError("the query is empty, and no end-of-text token is known: --eot gives one")
-    start = start or [eot]
-    if not end:
+    query_ids = query_ids or [eot]
+    if not choice_ids:
         raise ValueError(f"the choice {choice!r} becomes no token")
-    if not 0 <= min(start + end) <= max(start + end) < vocab_size:
+    if not 0 <= min(query_ids + choice_ids) <= max(query_ids + choice_ids) < vocab_size:
         raise ValueError(f"a token is not one of the model's {vocab_size}")
     T = config.context
-    is_cut = len(start) + len(end) > T + 1      # the last token is predicted, not read
-    end = end[:T]
-    room = T + 1 - len(end)
-    if len(start) > room:
-        start = start[:room // 2] + start[len(start) - (room - room // 2):]
-    return Choice(start + end, len(end), len(choice), is_cut)
+    is_cut = len(query_ids) + len(choice_ids) > T + 1  # the last token is predicted, not read
+    choice_ids = choice_ids[:T]
+    room = T + 1 - len(choice_ids)
+    if len(query_ids) > room:
+        query_ids = query_ids[:room // 2] + query_ids[len(query_ids) - (room - room // 2):]
+    return Choice(query_ids + choice_ids, len(choice_ids), len(choice), is_cut)
 
 
 def lines_of(path):
@@ -753,12 +753,12 @@ class Niah:
         form = "{key} {value}." if task.haystack == "pairs" else " Safe{key}: {value}."
         return Needles(keys, values, self.fill(form, key=keys, value=self.digits[values]))
 
-    def draw_haystack(self, task, order, rows, rng):
-        """(rows, tokens): other needles than the hidden ones, or sentences."""
+    def draw_haystack(self, task, order, count, rng):
+        """(count, tokens): other needles than the hidden ones, or sentences."""
         if task.of_needles:
-            return self.draw_needles(task, order, rows, rows, rng).rows
+            return self.draw_needles(task, order, count, count, rng).rows
         lists = self.sentences[task.haystack]
-        words = [words[rng.integers(len(words), size=rows)] for words in lists]
+        words = [words[rng.integers(len(words), size=count)] for words in lists]
         return self.fill("{words}.", words=np.hstack(words))
 
     def draw_hidden(self, task, order, T, rounds, rng):
@@ -804,9 +804,9 @@ class Niah:
             raise ValueError(f"--context {T} is too short for {name}, which takes {needed} tokens")
         ends = ends[:1 + rng.integers(most)]
 
-        rows = -(-(T - n * width - ends.size) // length)    # the haystack fills the rest
-        hay = self.draw_haystack(task, order[n:], rows, rng)
-        at = 1 + (rows * depths).astype(int)                # the row that follows each needle
+        count = -(-(T - n * width - ends.size) // length)   # the haystack fills the rest
+        hay = self.draw_haystack(task, order[n:], count, rng)
+        at = 1 + (count * depths).astype(int)               # the row that follows each needle
         text = np.insert(hay.ravel(), np.repeat(at * length, width), hidden.rows.ravel())
         tokens = np.hstack((text, ends.ravel()))[-T:]       # its front loses what is too much
         answer = np.zeros(T, bool)
@@ -962,7 +962,7 @@ def main(argv=None):
         return
     config = merge(parser.defaults, given)
     runs = [open_run(path, parser, given, mode) for path in paths_of(config)]
-    {"niah": retrieval, "choices": benchmarks, "loss": losses}[mode](runs)
+    {"niah": retrieval, "choices": benchmarks, "loss": loss_and_cost}[mode](runs)
 
 
 if __name__ == "__main__":

@@ -193,8 +193,8 @@ class Measured(NamedTuple):
     batch: int
     prefill: float      # the second of two
     step: float         # of decoding, for the whole batch
-    held: int           # by the cache
-    read: float         # of the cache, by a step
+    cache: int          # its bytes, as allocated
+    read: float         # bytes of it that a step reads
     moved: float        # by a step: read, the weights, and the states, which are written too
     peak: int           # of the GPU's memory
     warm_up: float
@@ -268,12 +268,12 @@ def measure(model, context, pattern, batch, random, flags):
     warm_up += seconds(lambda: (next(tokens), next(tokens)), device)[0]
     capture, _ = seconds(lambda: next(tokens), device)
     first = cache.length
-    step, _ = seconds(lambda: list(itertools.islice(tokens, flags.tokens)), device)
+    decoding, _ = seconds(lambda: list(itertools.islice(tokens, flags.tokens)), device)
     read = cache.bytes_read(torch.arange(first, cache.length))
     moved = read + sum(z.nbytes for z in (*model.parameters(), *cache.state))
     peak = torch.cuda.max_memory_allocated(device) if on_gpu(flags) else None
-    return Measured(batch, prefill, step / flags.tokens, cache.nbytes, read, moved, peak, warm_up,
-                    capture)
+    return Measured(batch, prefill, decoding / flags.tokens, cache.nbytes, read, moved, peak,
+                    warm_up, capture)
 
 
 def measure_fitting(model, context, pattern, random, flags):
@@ -310,7 +310,7 @@ def cells(found, dense, copy):
     rate = found.moved / found.step
     return [found.batch, f"{1e3 * found.prefill:.1f}" if found.prefill else "random",
             f"{1e3 * found.step:.3f}", f"{speed:.0f}", f"{speed / dense:.2f}x" if dense else "-",
-            f"{found.held / 1e6:.1f}", f"{found.read / 1e6:.1f}",
+            f"{found.cache / 1e6:.1f}", f"{found.read / 1e6:.1f}",
             f"{found.peak / 1e6:.0f}" if found.peak else "-", f"{rate / 1e9:.1f}",
             f"{rate / copy:.0%}", f"{found.warm_up:.2f}", f"{1e3 * found.capture:.0f}"]
 

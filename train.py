@@ -77,7 +77,7 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
     flops = sum(flops_per_token(model, p, config.context) for p in arl if p) / max(1, len(arl))
     flops += flops_per_token(model, pattern, config.context)
     start = time.perf_counter()
-    since = first
+    reported = first                            # steps that were done at the last record
     for step in range(first, config.steps):
         lr = schedule(step, config)
         for group in optimizer.param_groups:
@@ -94,7 +94,7 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
         if not (due or stopped or step == first or done == config.steps):
             continue
         values, norm = measured(losses, norm, done)
-        seconds = (time.perf_counter() - start) / (done - since)
+        seconds = (time.perf_counter() - start) / (done - reported)
         if step == first:
             say(f"first step in {seconds:.1f} s{', compilation included' * config.compile}")
         yield dict(step=done, losses=values, lr=lr, norm=norm, ms=1e3 * seconds,
@@ -103,7 +103,7 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
         if stopped:
             return
         start = time.perf_counter()
-        since = done
+        reported = done
 
 
 def update(loss_fn, optimizer, parts, pattern, clip):
@@ -697,8 +697,8 @@ def borders(docs):
     val = [doc.size for doc in docs if doc.number % 20 == 0]
     if sum(val) > sum(doc.size for doc in docs) / 2:
         return [doc.size * 19 // 20 for doc in docs]
-    rest = 19 if sum(val) < 2**12 else 20
-    return [0 if doc.number % 20 == 0 else doc.size * rest // 20 for doc in docs]
+    twentieths = 19 if sum(val) < 2**12 else 20
+    return [0 if doc.number % 20 == 0 else doc.size * twentieths // 20 for doc in docs]
 
 
 def is_text(path):
