@@ -9,7 +9,7 @@ computes.
   top-k        attention over the K best blocks of each query, and its decoding
   rotate       RoPE                      head_loss    output head and cross-entropy
 
-A kernel runs as many programs at once. A program is a block of GPU threads that owns one part of
+A kernel runs as many programs at once. A program is a group of GPU threads that owns one part of
 the output. Programs start in the order of their number.
 
   in kernels       meaning
@@ -91,10 +91,10 @@ def described(x):
     return f"{tuple(x.shape)} {x.dtype} {x.device}"
 
 
-def launch(kernel, programs, like, *arguments, **constants):
-    """Start a kernel on the device of the tensor `like`."""
+def launch(kernel, programs, x, *arguments, **constants):
+    """Start a kernel on the device of the tensor x."""
     grid = programs if isinstance(programs, tuple) else (programs,)
-    with torch.cuda.device_of(like):
+    with torch.cuda.device_of(x):
         kernel[grid](*arguments, **constants)
 
 
@@ -155,8 +155,8 @@ def has_copy_engine(x):
     return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def tiles_of(x, n, BD):
-    """Packed rows x (B, H, T, Dh), to load n rows of a head at a time: a descriptor, or Tiles.
+def tiles_of(x, BN, BD):
+    """Packed rows x (B, H, T, Dh), to load BN rows of a head at a time: a descriptor, or Tiles.
 
     By a descriptor the copy engine fetches a tile in one instruction, without an address for each
     element. Rows beyond T and channels beyond Dh are read as zeros.
@@ -165,7 +165,7 @@ def tiles_of(x, n, BD):
         return Tiles(*rows(x), x.shape[2])
     unit = 16 // x.element_size()
     strides = [stride if size > 1 else unit for stride, size in zip(x.stride(), x.shape)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, n, BD])
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, BN, BD])
 
 
 @jit
@@ -184,13 +184,13 @@ def load_rows(x, b, h, row, live, DH: tl.constexpr, BD: tl.constexpr):
 
 
 @jit
-def load_tile(x, b, h, row, ENGINE: tl.constexpr, N: tl.constexpr, DH: tl.constexpr,
+def load_tile(x, b, h, row, ENGINE: tl.constexpr, BN: tl.constexpr, DH: tl.constexpr,
               BD: tl.constexpr):
-    """Rows row .. row + N - 1 of head h of sequence b: (N, BD). x: what tiles_of gives."""
+    """Rows row .. row + BN - 1 of head h of sequence b: (BN, BD). x: what tiles_of gives."""
     if ENGINE:
-        tile = x.load([b.to(tl.int32), h.to(tl.int32), row, 0]).reshape(N, BD)
+        tile = x.load([b.to(tl.int32), h.to(tl.int32), row, 0]).reshape(BN, BD)
     else:
-        i = row + tl.arange(0, N)
+        i = row + tl.arange(0, BN)
         tile = load_rows(x, b, h, i, (i >= 0) & (i < x.n), DH, BD)
     return tile
 
@@ -436,10 +436,10 @@ def launch_recurrence(kernel, many, few, shape, *arguments):
     tiles = SMALL_TILES if INTERPRETER else few if B * C < 4096 else many
     chunks = triton.cdiv(T, tiles["BT"])
     copies = max(1, 32 * tiles["num_warps"] // tiles["BC"])
-    like = arguments[0]
-    words = torch.zeros(B, chunks, 2, C, dtype=torch.int64, device=like.device)
+    k = arguments[0]
+    words = torch.zeros(B, chunks, 2, C, dtype=torch.int64, device=k.device)
     programs = chunks * B * triton.cdiv(C, tiles["BC"])
-    launch(kernel, programs, like, *arguments, words, B, T, C, COPIES=copies, **tiles)
+    launch(kernel, programs, k, *arguments, words, B, T, C, COPIES=copies, **tiles)
 
 
 def same_strides(*tensors):
@@ -2864,7 +2864,7 @@ def relative_error(ours, theirs):
     return f"{((found - want).norm() / want.norm()).item():.0e}"
 
 
-def row(timing, bandwidth, rate):
+def table_row(timing, bandwidth, rate):
     """A line of the table."""
     ms = milliseconds(timing.ours)
     limit = max(timing.n_bytes / bandwidth, timing.flops / rate)
@@ -2901,7 +2901,7 @@ def main():
           "| work | ms | limit ms | of limit | error | peers, ms (times ours) |\n"
           "|---|---|---|---|---|---|")
     for timing in timings(flags.work or WORKS, flags.quick):
-        print(row(timing, bandwidth, rate), flush=True)
+        print(table_row(timing, bandwidth, rate), flush=True)
 
 
 if __name__ == "__main__":
