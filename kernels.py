@@ -207,7 +207,7 @@ def store_rows(x, b, h, row, values, live, DH: tl.constexpr, BD: tl.constexpr):
 # Recurrence, equation (2)
 #
 # What is slow: the definition takes T steps one after another, and each waits for the step before.
-# The idea: two steps h -> a h + x give one step of the same form. So a sequence is cut into tiles
+# The idea: two steps h -> a h + u give one step of the same form. So a sequence is cut into tiles
 # that are scanned side by side from zero, and only then does each tile learn what enters it:
 #
 #   h_t = P_t * h_in + H_t     P_t: product of the tile's decays up to t, H_t: its scan from zero
@@ -241,7 +241,7 @@ def decay(g):
 
 @jit
 def then(a1, k1, v1, a2, k2, v2):
-    """Step 1, then step 2, of the chains of k and v: h -> a1 h + x1 -> a2 (a1 h + x1) + x2."""
+    """Step 1, then step 2, of the chains of k and v: h -> a1 h + u1 -> a2 (a1 h + u1) + u2."""
     return a1 * a2, a2 * k1 + k2, a2 * v1 + v2
 
 
@@ -287,13 +287,13 @@ def word_of(number):
 
 
 @jit
-def chain(a, x_k, x_v, first_k, first_v, words, chunk, chunks, b, c, C, COPIES: tl.constexpr):
-    """h_t = a_t * h_{t-1} + x_t over the tile (N, RUN, BC) of a chunk, x in {k, v}, in float32.
+def chain(a, u_k, u_v, h0_k, h0_v, words, chunk, chunks, b, c, C, COPIES: tl.constexpr):
+    """h_t = a_t * h_{t-1} + u_t over the tile (N, RUN, BC) of a chunk, for k and for v, in float32.
 
-    first (B, C): what enters chunk 0; words (B, chunks, 2, C) int64: what leaves each chunk.
+    h0 (B, C): what enters chunk 0; words (B, chunks, 2, C) int64: what leaves each chunk.
     Returns h_k, h_v (N, RUN, BC) and h at the end of the chunk, 2 x (BC,).
     """
-    p, h_k, h_v = tl.associative_scan((a, x_k, x_v), 1, then)
+    p, h_k, h_v = tl.associative_scan((a, u_k, u_v), 1, then)
     zero = last(p, 1) * 0
     runs = last(p, 1), last(h_k, 1), last(h_v, 1), zero + 1, zero, zero
     p_run, k_run, v_run, p_in, k_in, v_in = tl.associative_scan(runs, 0, then_run)      # (N, BC)
@@ -304,8 +304,8 @@ def chain(a, x_k, x_v, first_k, first_v, words, chunk, chunks, b, c, C, COPIES: 
     mask = c < C
     word = words + (b * chunks + chunk) * 2 * C + c
     if chunk == 0:
-        in_k = tl.load(first_k + b * C + c, mask=mask, other=0)
-        in_v = tl.load(first_v + b * C + c, mask=mask, other=0)
+        in_k = tl.load(h0_k + b * C + c, mask=mask, other=0)
+        in_v = tl.load(h0_v + b * C + c, mask=mask, other=0)
     else:
         k = read_words(word - 2 * C, mask, COPIES)
         v = read_words(word - C, mask, COPIES)
@@ -353,9 +353,9 @@ def recurrence_forward_kernel(
     live = (i < T - chunk * BT) & (c < C)[None, None, :]  # (N, RUN, BC)
     at = b * stride_b + chunk * BT * stride_t + i * stride_t + c[None, None, :]
     a, rest = decay(load_float(g + at, live, float("inf")))  # past the end a = 1: h stays as it is
-    x_k = rest * load_float(k + at, live, 0)
-    x_v = rest * load_float(v + at, live, 0)
-    h_k, h_v, end_k, end_v = chain(a, x_k, x_v, k0, v0, words, chunk, chunks, b, c, C, COPIES)
+    u_k = rest * load_float(k + at, live, 0)
+    u_v = rest * load_float(v + at, live, 0)
+    h_k, h_v, end_k, end_v = chain(a, u_k, u_v, k0, v0, words, chunk, chunks, b, c, C, COPIES)
     if chunk == chunks - 1:
         tl.store(k_end + b * C + c, end_k, mask=c < C)
         tl.store(v_end + b * C + c, end_v, mask=c < C)
@@ -391,10 +391,10 @@ def recurrence_backward_kernel(
     chunk, b, c, i = place(B, C, RUN, BT, BC)
     channel = c[None, None, :]
     live = (i < T - chunk * BT) & (channel < C)  # (N, RUN, BC)
-    end = T - 1 - chunk * BT  # the step where i = 0
-    at = b * stride_b + end * stride_t - i * stride_t + channel
-    out = (b * T + end) * C - i * C + channel
-    later = live & (i > end + 1 - T)                   # the last step has none after it
+    t_last = T - 1 - chunk * BT  # the step where i = 0
+    at = b * stride_b + t_last * stride_t - i * stride_t + channel
+    out = (b * T + t_last) * C - i * C + channel
+    later = live & (i > t_last + 1 - T)                # the last step has none after it
     a_next = decay(load_float(g + at + stride_t, later, float("inf")))[0]
     d_k = load_float(dk_rec + out, live, 0)
     d_v = load_float(dv_rec + out, live, 0)
@@ -415,7 +415,7 @@ def recurrence_backward_kernel(
     d_v *= rest
     tl.store(dk + out, d_k.to(dk.dtype.element_ty), mask=live)
     tl.store(dv + out, d_v.to(dv.dtype.element_ty), mask=live)
-    before = live & (i < end)                          # all other steps
+    before = live & (i < t_last)                       # all other steps
     d_g = d_k * (load_float(k_rec + out - C, before, 0) - load_float(k + at, before, 0))
     d_g += d_v * (load_float(v_rec + out - C, before, 0) - load_float(v + at, before, 0))
     tl.store(dg + out, (a * d_g).to(dg.dtype.element_ty), mask=before)
@@ -480,10 +480,10 @@ def recurrence_backward(
     inputs: k, v, g, k0, v0; outputs: k_rec, v_rec; grads: of k_rec, v_rec, k_end, v_end.
     """
     k, v, g = same_strides(*inputs[:3])
-    dense = [x.contiguous() for x in (*inputs[3:], *outputs, *grads)]
+    packed = [x.contiguous() for x in (*inputs[3:], *outputs, *grads)]
     new = new_gradients(inputs, outputs, grads)
     launch_recurrence(recurrence_backward_kernel, MANY_CHAINS_BACK, FEW_CHAINS_BACK, k.shape,
-                      k, v, g, *k.stride()[:2], *dense, *new)
+                      k, v, g, *k.stride()[:2], *packed, *new)
     return new
 
 
