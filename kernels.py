@@ -16,6 +16,7 @@ the output. Programs start in the order of their number.
   B H T C DH       batch, heads, time, channels, head width; BD is DH rounded up to a power of 2
   b, h, bh         a sequence, a head, and both as one number bh = b * H + h
   t, p             position of a query, position of a key
+  t0, p0, i0 ...   the first t, p, i of a tile
   SPAN             dilation, window, sinks of a rule, and its reach
   BT BC BM BN BV   sides of a program's tile: time, channels, queries, keys (or slots, or blocks),
                    vocabulary
@@ -770,8 +771,8 @@ def slot_in_use(n, t, SPAN: tl.constexpr):
 # The backward pass and decoding take the grid and the sinks as one list of *lasting* keys, j -> p.
 #
 # Scores are in units of log2: scale = log2(e) / sqrt(Dh), so that exp2, which the hardware has,
-# replaces exp. lse = m + log2(l) is kept for the backward pass. Grid: query blocks x B x H, the
-# blocks of a head together (they share its keys in the L2 cache), those with most keys first.
+# replaces exp. lse = m + log2(l) is kept for the backward pass. Grid: query tiles x B x H, the
+# tiles of a head together (they share its keys in the L2 cache), those with most keys first.
 # Bytes: q, y, and the own k and v, 4 x Dh per query and head, 8 Dh in bf16; the other keys are
 # found in the L2 cache. FLOPs: 4 Dh x (t / D + S + W) per query. Limits: T < 2^30, and 1024 bytes a
 # head. Offsets are 64-bit. flex_attention needs either all T keys under a mask, or two calls merged
@@ -803,14 +804,14 @@ def add_scores(s, v, scale, acc, l, m):
 
 
 @jit
-def query_block(H, T, BM: tl.constexpr):
-    """(bh, b, h, first row) of the block of queries of this program, the last blocks of a head
-    first.
+def query_tile(H, T, BM: tl.constexpr):
+    """(bh, b, h, i0) of this program, whose tile of queries begins at row i0. The last tiles of a
+    head come first.
     """
-    blocks = tl.cdiv(T, BM)
-    bh = tl.program_id(0).to(tl.int64) // blocks
-    block = blocks - 1 - tl.program_id(0) % blocks
-    return bh, bh // H, bh % H, block * BM
+    tiles = tl.cdiv(T, BM)
+    bh = tl.program_id(0).to(tl.int64) // tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    return bh, bh // H, bh % H, tile * BM
 
 
 NEAR = tl.constexpr(0)                                  # the kinds of keys
@@ -883,12 +884,12 @@ def attention_forward_kernel(
     near, grid, sinks: the rows of each kind, as tiles_of gives them. Row i of near is row i of k,
     row j of grid is the j-th position of the grid, row p of sinks is position p.
     """
-    bh, b, h, row = query_block(H, T, BM)
-    i = row + tl.arange(0, BM)
+    bh, b, h, i0 = query_tile(H, T, BM)
+    i = i0 + tl.arange(0, BM)
     live = i < T
     t = start + i
-    begin = start + row
-    end = start + tl.minimum(row + BM, T)
+    begin = start + i0
+    end = start + tl.minimum(i0 + BM, T)
     q_tile = load_rows(q, b, h, i, live, DH, BD)                                        # (BM, BD)
     if SPAN.reach > 0:
         m = tl.full((BM,), LOWEST, tl.float32)
@@ -948,10 +949,10 @@ def attention_backward_q_kernel(
     """As the forward kernel at start 0, without a cache. delta (B, H, T) float32; factor: 1 /
     sqrt(Dh).
     """
-    bh, b, h, first = query_block(H, T, BM)
-    t = first + tl.arange(0, BM)
+    bh, b, h, t0 = query_tile(H, T, BM)
+    t = t0 + tl.arange(0, BM)
     live = t < T
-    end = tl.minimum(first + BM, T)
+    end = tl.minimum(t0 + BM, T)
     lse_t = tl.load(lse + bh * T + t, mask=live, other=float("inf"))
     dy_tile = load_rows(dy, b, h, t, live, DH, BD)                                      # (BM, BD)
     y_tile = load_rows(y, b, h, t, live, DH, BD)
@@ -960,12 +961,12 @@ def attention_backward_q_kernel(
     q_tile = load_rows(q, b, h, t, live, DH, BD)
     own_k = load_rows(k, b, h, t, live, DH, BD).to(tl.float32)
     own_v = load_rows(v, b, h, t, live, DH, BD).to(tl.float32)
-    own_p = tl.exp2(tl.sum(q_tile.to(tl.float32) * own_k, 1) * scale - lse_t)
-    own_ds = own_p * (tl.sum(dy_tile.to(tl.float32) * own_v, 1) - delta_t)
+    own_prob = tl.exp2(tl.sum(q_tile.to(tl.float32) * own_k, 1) * scale - lse_t)
+    own_ds = own_prob * (tl.sum(dy_tile.to(tl.float32) * own_v, 1) - delta_t)
     if ALONE:
         mine = live & (is_lasting(t, SPAN) == 0)
         store_rows(dk, b, h, t, (own_ds * factor)[:, None] * q_tile.to(tl.float32), mine, DH, BD)
-        store_rows(dv, b, h, t, own_p[:, None] * dy_tile.to(tl.float32), mine, DH, BD)
+        store_rows(dv, b, h, t, own_prob[:, None] * dy_tile.to(tl.float32), mine, DH, BD)
     acc = own_ds[:, None] * own_k
     n = count_lasting(tl.maximum(end - 1 - SPAN.reach, 0), SPAN)
     for j0 in tl.range(0, n, BN, num_stages=STAGES):
@@ -976,8 +977,8 @@ def attention_backward_q_kernel(
         sees = p[None, :] < t[:, None] - SPAN.reach
         acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
     if SPAN.reach > 0:
-        window = tl.maximum(first - SPAN.reach, 0)
-        for p0 in tl.range(window, end, BN, num_stages=STAGES):
+        near = tl.maximum(t0 - SPAN.reach, 0)
+        for p0 in tl.range(near, end, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
             k_tile = load_rows(k, b, h, p, p < T, DH, BD)
             v_tile = load_rows(v, b, h, p, p < T, DH, BD)
@@ -1016,11 +1017,11 @@ def attention_backward_kv_kernel(
     v_tile = load_rows(v, b, h, p, live, DH, BD)
     acc_k = tl.zeros((BN, BD), tl.float32)
     acc_v = tl.zeros((BN, BD), tl.float32)
-    blocks = tl.cdiv(end - first, BM)
-    start = (blocks * split // splits).to(tl.int32)
-    stop = (blocks * (split + 1) // splits).to(tl.int32)
-    for block in tl.range(start, stop, num_stages=STAGES):
-        t = first + block * BM + tl.arange(0, BM)                                       # (BM,)
+    query_tiles = tl.cdiv(end - first, BM)
+    from_tile = (query_tiles * split // splits).to(tl.int32)
+    to_tile = (query_tiles * (split + 1) // splits).to(tl.int32)
+    for number in tl.range(from_tile, to_tile, num_stages=STAGES):
+        t = first + number * BM + tl.arange(0, BM)                                      # (BM,)
         q_tile = load_rows(q, b, h, t, t < end, DH, BD)
         dy_tile = load_rows(dy, b, h, t, t < end, DH, BD)
         lse_t = tl.load(lse + bh * T + t, mask=t < end, other=float("inf"))
@@ -1631,15 +1632,15 @@ def choose_kernel(
 
     chosen (B, H, T, K) int32: the blocks of a query, by index. words (B, H, n, cdiv(T, 64)) int64.
     counts: their populations, int32; zeros before. """
-    bh, b, h, begin = query_block(H, T, WORD)
+    bh, b, h, i0 = query_tile(H, T, WORD)
     tiles = tl.cdiv(T, WORD)
     row = tl.arange(0, WORD)
-    live = begin + row < T
-    own = (start + begin + row) // N
+    live = i0 + row < T
+    own = (start + i0 + row) // N
     own = tl.where(live, own, -1)                      # beyond T: choose nothing
     end = tl.max(own) + 1
     want = tl.minimum(own + 1, K)
-    q_tile = load_rows(q, b, h, begin + row, live, DH, BD)
+    q_tile = load_rows(q, b, h, i0 + row, live, DH, BD)
     column = tl.arange(0, BN)
 
     first = tl.full((WORD, BN), -float("inf"), tl.float32)             # of each lane, best first
@@ -1675,9 +1676,9 @@ def choose_kernel(
     before = tl.where(behind > 0, 1.0, 0.0)
     before = tl.where(behind == 0, 256.0, before).to(tl.float16)
     shift = (tl.arange(0, 4) * 16).to(tl.int64)
-    words += bh * n * tiles + begin // WORD
-    counts += bh * n * tiles + begin // WORD
-    chosen += (bh * T + begin) * K
+    words += bh * n * tiles + i0 // WORD
+    counts += bh * n * tiles + i0 // WORD
+    chosen += (bh * T + i0) * K
     searching = 1
     while searching > 0:
         bar = number_at((key >> 31).to(tl.int32))
@@ -1723,17 +1724,17 @@ def list_kernel(
     """pairs (capacity = B * H * T * K,) int32: query * K + slot of every choice, by head, block,
     query. ends (B, H, n, cdiv(T, 64)) int32: where in pairs the queries of a word end.
     """
-    bh, b, h, begin = query_block(H, T, WORD)
+    bh, b, h, i0 = query_tile(H, T, WORD)
     tiles = tl.cdiv(T, WORD)
     row = tl.arange(0, WORD)[:, None]
     slot = tl.arange(0, BK)[None, :]
-    i = begin + row
+    i = i0 + row
     taken = tl.minimum((start + i) // N + 1, K)
     live = (i < T) & (slot < taken)                                                     # (64, BK)
     chosen += (bh * T + i) * K
     block = tl.load(chosen + slot, mask=live, other=0)
     live = live & (block >= 0) & (block < n)           # no wrong choice leads out of the lists
-    at = (bh * n + block) * tiles + begin // WORD
+    at = (bh * n + block) * tiles + i0 // WORD
     word = tl.load(words + at, mask=live, other=0)
     word = word.to(tl.uint64, bitcast=True)
     later = population(word >> row.to(tl.uint64))      # queries of the word from this one on
@@ -1880,8 +1881,8 @@ def join_kernel(
         DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
         STAGES: tl.constexpr):
     """y: Rows of (B, H, T, Dh); lse (B, H, T) float32. The rest as above."""
-    bh, b, h, begin = query_block(H, T, BM)
-    i = begin + tl.arange(0, BM)
+    bh, b, h, i0 = query_tile(H, T, BM)
+    i = i0 + tl.arange(0, BM)
     live = i < T
     t = start + i
     count = tl.minimum(t // N + 1, K)                  # of a query's parts
@@ -1903,15 +1904,15 @@ def join_kernel(
         acc += weight[:, None] * row.to(tl.float32)
     if GRANTED:
         q_tile = load_rows(q, b, h, i, live, DH, BD)
-        end = start + tl.minimum(begin + BM, T)
+        end = start + tl.minimum(i0 + BM, T)
         lasts = count_lasting(end, SPAN)
-        near = tl.maximum(start + begin - SPAN.reach, 0)
+        near = tl.maximum(start + i0 - SPAN.reach, 0)
         tiles = granted_tiles(lasts, near, end, SPAN, BN)
         for tile in tl.range(tiles, num_stages=STAGES):
             p, reach = granted_keys(tile, lasts, near, SPAN, BN)
             k_tile = load_rows(k, b, h, p, p < end, DH, BD)                             # (BN, BD)
             v_tile = load_rows(v, b, h, p, p < end, DH, BD)
-            word = load_words(words, T, p, begin, end - 1, N)
+            word = load_words(words, T, p, i0, end - 1, N)
             sees = sees_granted(word[None, :], i[:, None], t[:, None], p[None, :], reach[None, :])
             acc, l, m = add_keys(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
     store_rows(y, b, h, i, acc / l[:, None], live, DH, BD)
@@ -1942,8 +1943,8 @@ def topk_backward_q_kernel(
     """delta (B, H, T) float32; GRANTED: also row K of each query in part, Rows of (B, H, T * (K +
     1), Dh).
     """
-    bh, b, h, begin = query_block(H, T, BM)
-    i = begin + tl.arange(0, BM)
+    bh, b, h, i0 = query_tile(H, T, BM)
+    i = i0 + tl.arange(0, BM)
     live = i < T
     t = start + i
     dy_tile = load_rows(dy, b, h, i, live, DH, BD)                                      # (BM, BD)
@@ -1956,16 +1957,16 @@ def topk_backward_q_kernel(
     if GRANTED:
         lse_t = tl.load(lse + i, mask=live, other=float("inf"))
         q_tile = load_rows(q, b, h, i, live, DH, BD)
-        end = start + tl.minimum(begin + BM, T)
+        end = start + tl.minimum(i0 + BM, T)
         lasts = count_lasting(end, SPAN)
-        near = tl.maximum(start + begin - SPAN.reach, 0)
+        near = tl.maximum(start + i0 - SPAN.reach, 0)
         acc = tl.zeros((BM, BD), tl.float32)
         tiles = granted_tiles(lasts, near, end, SPAN, BN)
         for tile in tl.range(tiles, num_stages=STAGES):
             p, reach = granted_keys(tile, lasts, near, SPAN, BN)
             k_tile = load_rows(k, b, h, p, p < end, DH, BD)
             v_tile = load_rows(v, b, h, p, p < end, DH, BD)
-            word = load_words(words, T, p, begin, end - 1, N)
+            word = load_words(words, T, p, i0, end - 1, N)
             sees = sees_granted(word[None, :], i[:, None], t[:, None], p[None, :], reach[None, :])
             acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
         place = i * (K + 1) + K
@@ -2059,9 +2060,9 @@ def topk_backward_granted_kernel(
     v_tile = load_rows(v, b, h, p, p < end, DH, BD)
     acc_k = tl.zeros((BN, BD), tl.float32)
     acc_v = tl.zeros((BN, BD), tl.float32)
-    since = tl.maximum(tl.min(p) - start, 0)
-    since = since // WORD * WORD                       # where a word begins
-    for i0 in tl.range(since, stop - start, BM, num_stages=STAGES):
+    first = tl.maximum(tl.min(p) - start, 0)
+    first = first // WORD * WORD                       # where a word begins
+    for i0 in tl.range(first, stop - start, BM, num_stages=STAGES):
         i = i0 + tl.arange(0, BM)                                                       # (BM,)
         q_tile = load_rows(q, b, h, i, i < T, DH, BD)
         dy_tile = load_rows(dy, b, h, i, i < T, DH, BD)
