@@ -797,10 +797,10 @@ def add_keys(q, k, v, sees, scale, acc, l, m):
 def add_scores(s, v, scale, acc, l, m):
     """The same from their scores s (BM, BN)."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - m_new[:, None])
+    prob = tl.exp2(s * scale - m_new[:, None])
     shrink = tl.exp2(m - m_new)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, l * shrink + tl.sum(p, 1), m_new
+    acc = tl.dot(prob.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, l * shrink + tl.sum(prob, 1), m_new
 
 
 @jit
@@ -821,9 +821,9 @@ SINKS = tl.constexpr(2)
 
 @jit
 def rows_seen(begin, end, origin, KIND: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr):
-    """Which rows of a kind the queries at begin .. end - 1 see: (first, inner, whole, last).
+    """Which rows of a kind the queries at begin .. end - 1 see: (first, inner, whole, stop).
 
-    They lie in [first, last). All queries see all of [inner, inner + whole), in tiles of BN.
+    They lie in [first, stop). All queries see all of [inner, inner + whole), in tiles of BN.
     """
     near = tl.maximum(begin - SPAN.reach, 0)                           # not near the first query
     far = tl.maximum(end - 1 - SPAN.reach, 0)                          # nor, up to here, the last
@@ -858,12 +858,12 @@ def attend(q, k, v, b, h, t, begin, end, origin, scale, acc, l, m, KIND: tl.cons
            SPAN: tl.constexpr, ENGINE: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
            BN: tl.constexpr, STAGES: tl.constexpr):
     """acc, l, m of the softmax after all keys of a kind. k, v: its rows, as tiles_of gives them."""
-    first, inner, whole, last = rows_seen(begin, end, origin, KIND, SPAN, BN)
+    first, inner, whole, stop = rows_seen(begin, end, origin, KIND, SPAN, BN)
     for row in tl.range(inner, inner + whole, BN, num_stages=STAGES):
         k_tile = load_tile(k, b, h, row, ENGINE, BN, DH, BD)
         v_tile = load_tile(v, b, h, row, ENGINE, BN, DH, BD)
         acc, l, m = add_scores(dot_rows(q, k_tile), v_tile, scale, acc, l, m)
-    for edge in tl.range(first, last - whole, BN, num_stages=STAGES):          # skips `whole` rows
+    for edge in tl.range(first, stop - whole, BN, num_stages=STAGES):          # skips `whole` rows
         row = tl.where(edge < inner, edge, edge + whole)
         k_tile = load_tile(k, b, h, row, ENGINE, BN, DH, BD)
         v_tile = load_tile(v, b, h, row, ENGINE, BN, DH, BD)
@@ -935,8 +935,8 @@ def attention_forward_kernel(
 def add_dq(q, k, v, dy, sees, lse, delta, scale, dq):
     """dq (BM, BD) of BN keys more, without the factor 1 / sqrt(Dh)."""
     s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
-    p = tl.exp2(s * scale - lse[:, None])                                               # (BM, BN)
-    ds = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
+    prob = tl.exp2(s * scale - lse[:, None])                                            # (BM, BN)
+    ds = prob * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
@@ -1090,15 +1090,15 @@ def keys_of(k, v, span, constants, cache=None):
     """
     near = k, v
     if cache:
-        held = [packed_rows(x) for x in (cache.k, cache.v)]
-        grid = [x[:, :, cache.layout.before_grid:] for x in held]
+        source = [packed_rows(x) for x in (cache.k, cache.v)]
+        grid = [x[:, :, cache.layout.before_grid:] for x in source]
     else:
-        held = near
-        step = max(1, span.dilation)
-        grid = [x[:, :, step - 1::step] for x in near]
-    sinks = [x[:, :, :span.sinks] for x in held]
-    return [tiles_of(x if x.numel() else like, constants["BN"], constants["BD"])
-            for kind in (near, grid, sinks) for x, like in zip(kind, near)]
+        source = near
+        dilation = max(1, span.dilation)
+        grid = [x[:, :, dilation - 1::dilation] for x in near]
+    sinks = [x[:, :, :span.sinks] for x in source]
+    return [tiles_of(x if x.numel() else stand_in, constants["BN"], constants["BD"])
+            for kind in (near, grid, sinks) for x, stand_in in zip(kind, near)]
 
 
 def run_attention(q, k, v, span, start=0, cache=None):
@@ -1296,11 +1296,11 @@ def partner(d, DH: tl.constexpr):
 @jit
 def load_turn(cos, sin, d, DH: tl.constexpr):
     """What RoPE multiplies channel d and its partner by. cos, sin: (Dh / 2,) float32."""
-    first = d < DH // 2
-    i = tl.where(first, d, d - DH // 2)
+    first_half = d < DH // 2
+    i = tl.where(first_half, d, d - DH // 2)
     c = tl.load(cos + i, mask=d < DH, other=0.0)
     s = tl.load(sin + i, mask=d < DH, other=0.0)
-    return c, tl.where(first, -s, s)
+    return c, tl.where(first_half, -s, s)
 
 
 @jit
