@@ -1581,14 +1581,14 @@ def minima(summaries, DH: tl.constexpr):
 
 
 @jit
-def score_blocks(q, summaries, b, h, block, own, last, MINMAX: tl.constexpr, DH: tl.constexpr,
+def score_blocks(q, summaries, b, h, block, own, stop, MINMAX: tl.constexpr, DH: tl.constexpr,
                  BD: tl.constexpr):
     """Scores (BM, BN) of blocks (BN,) for q (BM, BD); -inf from the query's own block on. Blocks
-    before `last` are read. NaN counts as the least score.
+    before `stop` are read. NaN counts as the least score.
     """
-    high = load_rows(summaries, b, h, block, block < last, DH, BD)                      # (BN, BD)
+    high = load_rows(summaries, b, h, block, block < stop, DH, BD)                      # (BN, BD)
     if MINMAX:  # maxima, then minima
-        low = load_rows(minima(summaries, DH), b, h, block, block < last, DH, BD)
+        low = load_rows(minima(summaries, DH), b, h, block, block < stop, DH, BD)
         positive = tl.where(q > 0, q, 0).to(q.dtype)
         negative = tl.where(q > 0, 0, q).to(q.dtype)
         s = dot_rows(positive, high)
@@ -1631,7 +1631,8 @@ def choose_kernel(
     Dh or 2 Dh).
 
     chosen (B, H, T, K) int32: the blocks of a query, by index. words (B, H, n, cdiv(T, 64)) int64.
-    counts: their populations, int32; zeros before. """
+    counts: their populations, int32; zeros before.
+    """
     bh, b, h, i0 = query_tile(H, T, WORD)
     tiles = tl.cdiv(T, WORD)
     row = tl.arange(0, WORD)
@@ -1668,8 +1669,8 @@ def choose_kernel(
     bar = tl.where(own < K, -float("inf"), bar)        # fewer than K: all of them
     bar = tl.maximum(bar, 1.1 * LOWEST)
 
-    key = in_order(bar.to(tl.int32, bitcast=True))
-    key = key.to(tl.int64) << 31                       # (score, -index) in one
+    order = in_order(bar.to(tl.int32, bitcast=True))
+    order = order.to(tl.int64) << 31                   # (score, -index) in one
     low = tl.full((WORD,), BOTTOM, tl.int64)
     high = tl.full((WORD,), 2**62, tl.int64)
     behind = column[None, :] - column[:, None]
@@ -1681,8 +1682,8 @@ def choose_kernel(
     chosen += (bh * T + i0) * K
     searching = 1
     while searching > 0:
-        bar = number_at((key >> 31).to(tl.int32))
-        until = 0x7fffffff - (key & 0x7fffffff).to(tl.int32)           # of blocks just at the bar
+        bar = number_at((order >> 31).to(tl.int32))
+        until = 0x7fffffff - (order & 0x7fffffff).to(tl.int32)         # of blocks just at the bar
         count = tl.zeros((WORD,), tl.int32)
         for b0 in tl.range(0, end, BN, num_stages=STAGES):
             block = b0 + column
@@ -1696,10 +1697,10 @@ def choose_kernel(
             # product's first sum, and ptxas 12.8 drops products that begin from a constant.
             sums = tl.fma(sums, 1.0, 2.0**23)
             sums = sums.to(tl.int32, bitcast=True)
-            slot = count[:, None] + (sums & 0xff)
-            new = ((sums & 0x100) > 0) & (slot < K)
-            at = chosen + row[:, None] * K + slot
-            tl.store(at, tl.zeros_like(slot) + block[None, :], mask=new)
+            j = count[:, None] + (sums & 0xff)
+            new = ((sums & 0x100) > 0) & (j < K)
+            at = chosen + row[:, None] * K + j
+            tl.store(at, tl.zeros_like(j) + block[None, :], mask=new)
             count += tl.sum(ones, 1).to(tl.int32)
             bits = tl.where(take, (1 << row % 16)[:, None], 0)
             bits = tl.sum(tl.reshape(bits, (4, 16, BN)), 1)
@@ -1707,11 +1708,11 @@ def choose_kernel(
             at = block.to(tl.int64) * tiles
             tl.store(words + at, word, mask=block < end)
             tl.store(counts + at, population(word), mask=block < end)
-        low = tl.where(count > want, key, low)
-        high = tl.where(count < want, key, high)
+        low = tl.where(count > want, order, low)
+        high = tl.where(count < want, order, high)
         middle = (low & high) + ((low ^ high) >> 1)    # rounded down, without overflow
         open_ = (count != want) & (middle > low)
-        key = tl.where(open_, middle, key)
+        order = tl.where(open_, middle, order)
         searching = tl.max(open_.to(tl.int32))
         tl.debug_barrier()                             # other threads overwrite what is stored
 
@@ -1721,18 +1722,18 @@ def list_kernel(
         chosen, words, ends, pairs,
         H, T, start, n, capacity,
         K: tl.constexpr, N: tl.constexpr, BK: tl.constexpr):
-    """pairs (capacity = B * H * T * K,) int32: query * K + slot of every choice, by head, block,
-    query. ends (B, H, n, cdiv(T, 64)) int32: where in pairs the queries of a word end.
+    """pairs (capacity = B * H * T * K,) int32: query * K + j for each query's j-th choice, by head,
+    block, query. ends (B, H, n, cdiv(T, 64)) int32: where in pairs the queries of a word end.
     """
     bh, b, h, i0 = query_tile(H, T, WORD)
     tiles = tl.cdiv(T, WORD)
     row = tl.arange(0, WORD)[:, None]
-    slot = tl.arange(0, BK)[None, :]
+    j = tl.arange(0, BK)[None, :]
     i = i0 + row
     taken = tl.minimum((start + i) // N + 1, K)
-    live = (i < T) & (slot < taken)                                                     # (64, BK)
+    live = (i < T) & (j < taken)                                                        # (64, BK)
     chosen += (bh * T + i) * K
-    block = tl.load(chosen + slot, mask=live, other=0)
+    block = tl.load(chosen + j, mask=live, other=0)
     live = live & (block >= 0) & (block < n)           # no wrong choice leads out of the lists
     at = (bh * n + block) * tiles + i0 // WORD
     word = tl.load(words + at, mask=live, other=0)
@@ -1741,7 +1742,7 @@ def list_kernel(
     end = tl.load(ends + at, mask=live, other=0)
     at = end - later
     live = live & (at >= 0) & (at < capacity)
-    tl.store(pairs + at, i * K + slot, mask=live)
+    tl.store(pairs + at, i * K + j, mask=live)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1776,15 +1777,15 @@ def block_list(ends, at, T):
     """Where in pairs the at-th list begins and ends."""
     tiles = tl.cdiv(T, WORD)
     ends += at * tiles
-    first = tl.load(ends - 1, mask=at > 0, other=0)
-    return first, tl.load(ends + tiles - 1)
+    begin = tl.load(ends - 1, mask=at > 0, other=0)
+    return begin, tl.load(ends + tiles - 1)
 
 
 @jit
-def load_pairs(pairs, first, last, T, K: tl.constexpr, BM: tl.constexpr):
-    """BM pairs of a list, from `first` on, and which of them there are."""
-    e = first + tl.arange(0, BM)
-    pair = tl.load(pairs + e, mask=e < last, other=-1)
+def load_pairs(pairs, e0, list_end, T, K: tl.constexpr, BM: tl.constexpr):
+    """BM pairs of a list, from e0 on, and which of them there are."""
+    e = e0 + tl.arange(0, BM)
+    pair = tl.load(pairs + e, mask=e < list_end, other=-1)
     return pair, (pair >= 0) & (pair < T * K)          # no wrong list leads out of the parts
 
 
@@ -1804,9 +1805,9 @@ def blocks_kernel(
     k_tile = load_rows(k, b, h, p, p < stop, DH, BD)                                    # (BN, BD)
     v_tile = load_rows(v, b, h, p, p < stop, DH, BD)
     part_lse += bh * T * K
-    first, last = block_list(ends, at, T)
-    for e0 in tl.range(first, last, BM, num_stages=STAGES):
-        pair, live = load_pairs(pairs, e0, last, T, K, BM)                              # (BM,)
+    list_begin, list_end = block_list(ends, at, T)
+    for e0 in tl.range(list_begin, list_end, BM, num_stages=STAGES):
+        pair, live = load_pairs(pairs, e0, list_end, T, K, BM)                          # (BM,)
         i = pair // K
         q_tile = load_rows(q, b, h, i, live, DH, BD)                                    # (BM, BD)
         t = tl.minimum(start + i, stop - 1)
@@ -1855,8 +1856,8 @@ def granted_keys(tile, lasts, near, SPAN: tl.constexpr, BN: tl.constexpr):
 
 @jit
 def load_words(words, T, p, i, last, N: tl.constexpr):
-    """The words (BN,) in which queries i to `last`, of one word, have or have not chosen the blocks
-    of keys p (BN,) of a head.
+    """The words (BN,) in which queries, of one word, have or have not chosen the blocks of keys p
+    (BN,) of a head: from row i on, up to the query at position `last`.
     """
     block = (p // N).to(tl.int64)
     at = block * tl.cdiv(T, WORD) + i // WORD
@@ -1891,17 +1892,17 @@ def join_kernel(
     words += bh * n * tl.cdiv(T, WORD)
     m = tl.full((BM,), EMPTY, tl.float32)
     for j in range(K):
-        part_m = tl.load(part_lse + j, mask=j < count, other=EMPTY)
-        m = tl.maximum(m, part_m)
+        lse_j = tl.load(part_lse + j, mask=j < count, other=EMPTY)
+        m = tl.maximum(m, lse_j)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     for j in tl.range(K, num_stages=STAGES):
-        part_m = tl.load(part_lse + j, mask=j < count, other=-float("inf"))
-        weight = tl.exp2(part_m - m)
+        lse_j = tl.load(part_lse + j, mask=j < count, other=-float("inf"))
+        weight = tl.exp2(lse_j - m)
         l += weight
         place = i * K + j
-        row = load_rows(part, b, h, place, j < count, DH, BD)                           # (BM, BD)
-        acc += weight[:, None] * row.to(tl.float32)
+        part_j = load_rows(part, b, h, place, j < count, DH, BD)                        # (BM, BD)
+        acc += weight[:, None] * part_j.to(tl.float32)
     if GRANTED:
         q_tile = load_rows(q, b, h, i, live, DH, BD)
         end = start + tl.minimum(i0 + BM, T)
@@ -2003,7 +2004,7 @@ def topk_backward_blocks_kernel(
     at, bh, b, h, block = key_block(H, n)
     p0 = block * N
     stop = tl.minimum(p0 + N, end)
-    first, last = block_list(ends, at, T)
+    list_begin, list_end = block_list(ends, at, T)
     lse += bh * T
     delta += bh * T
     for more in range(0, N, BN):
@@ -2012,8 +2013,8 @@ def topk_backward_blocks_kernel(
         v_tile = load_rows(v, b, h, p, p < stop, DH, BD)
         acc_k = tl.zeros((BN, BD), tl.float32)
         acc_v = tl.zeros((BN, BD), tl.float32)
-        for e0 in tl.range(first, last, BM, num_stages=STAGES):
-            pair, live = load_pairs(pairs, e0, last, T, K, BM)                          # (BM,)
+        for e0 in tl.range(list_begin, list_end, BM, num_stages=STAGES):
+            pair, live = load_pairs(pairs, e0, list_end, T, K, BM)                      # (BM,)
             i = pair // K
             t = tl.minimum(start + i, stop - 1)
             q_tile = load_rows(q, b, h, i, live, DH, BD)                                # (BM, BD)
@@ -2349,25 +2350,25 @@ def decode_choose_kernel(
     low = minima(summaries, DH)
     for b0 in tl.range(0, own, BN, num_stages=STAGES):
         block = b0 + tl.arange(0, BN)
-        keys = load_rows(summaries, b, h, block, block < own, DH, BD)                   # (BN, BD)
+        summary = load_rows(summaries, b, h, block, block < own, DH, BD)                # (BN, BD)
         if SCORE == "minmax":
             least = load_rows(low, b, h, block, block < own, DH, BD)
-            keys = tl.where(q_row[None, :] > 0, keys, least)
-        s = tl.sum(q_row[None, :] * keys.to(tl.float32), 1)
+            summary = tl.where(q_row[None, :] > 0, summary, least)
+        s = tl.sum(q_row[None, :] * summary.to(tl.float32), 1)
         tl.store(scores + block, s, mask=block < own)
     tl.debug_barrier()                                 # other threads read them
     block = tl.arange(0, BS)
     s = tl.load(scores + block, mask=block < own, other=-float("inf"))                  # (BS,)
     s = tl.where(block < own, tl.maximum(s, LOWEST), s)                # NaN: the least score
-    key = in_order(s.to(tl.int32, bitcast=True))
-    key = key.to(tl.int64) << 31
-    best = tl.topk(key + (0x7fffffff - block), BK)     # of equal scores the lower index
-    slot = tl.arange(0, BK)
+    order = in_order(s.to(tl.int32, bitcast=True))
+    order = order.to(tl.int64) << 31
+    best = tl.topk(order + (0x7fffffff - block), BK)   # of equal scores the lower index
+    j = tl.arange(0, BK)
     chosen += bh * K
     tl.store(chosen, own)
     best = 0x7fffffff - (best & 0x7fffffff).to(tl.int32)                                # (BK,)
     others = tl.minimum(own, K - 1)
-    tl.store(chosen + 1 + slot, best, mask=slot < others)
+    tl.store(chosen + 1 + j, best, mask=j < others)
 
 
 @jit
@@ -2383,10 +2384,10 @@ def decode_blocks_kernel(
     HELD: of the cache, which holds every position.
     """
     bh, b, h, t, d, cos_d, sin_d, q_row = this_token(q, cos, sin, seen, H, scale, DH, BD)
-    slot = tl.arange(0, BK)
+    j = tl.arange(0, BK)
     chosen += bh * K
     taken = tl.minimum(t // N + 1, K)
-    blocks = tl.load(chosen + slot, mask=slot < taken, other=-1)                        # (BK,)
+    blocks = tl.load(chosen + j, mask=j < taken, other=-1)                              # (BK,)
     lasts = count_lasting(t, SPAN)
     near = tl.maximum(t - SPAN.reach, 0)
     chosen_tiles = tl.cdiv(taken * N, BN)
@@ -2437,11 +2438,11 @@ def decode_topk(token, cache, rope, seen, splits=None):
     chosen = q.new_empty(B * h, K, dtype=torch.int32)
     scores = q.new_empty(B * h, n, dtype=torch.float32)
     BK = triton.next_power_of_2(K)
-    blocks = dict(K=K, N=rule.block, BK=BK)
+    constants = dict(K=K, N=rule.block, BK=BK)
     launch(decode_choose_kernel, B * h, q, token_rows(q), *rope, rows(cache.k),
            rows(cache.summaries), seen, scores, chosen, h, n, SCORE=rule.score,
            BS=max(16, triton.next_power_of_2(n)), BR=triton.next_power_of_2(rule.block),
-           DH=Dh, BD=BD, **blocks, **decode_tiles("choose", BD))
+           DH=Dh, BD=BD, **constants, **decode_tiles("choose", BD))
     tiles = decode_tiles("attend", BD)
     keys = K * rule.block + rule.window + rule.sinks
     if rule.dilation:
@@ -2449,7 +2450,7 @@ def decode_topk(token, cache, rope, seen, splits=None):
     splits = splits or split_count(B * h, keys, tiles["BN"], q.device)
     return launch_decode(decode_blocks_kernel, token, cache, rope, seen, splits, chosen,
                          GRANTED=any(rule.span), SPAN=span_of(*rule.span),
-                         HELD=span_of(*cache.layout.span), **blocks, **tiles)
+                         HELD=span_of(*cache.layout.span), **constants, **tiles)
 
 
 # ---------------------------------------------------------------------------------------------
