@@ -2491,20 +2491,20 @@ def cross_entropy_kernel(z, y, loss, V, BV: tl.constexpr, GRAD: tl.constexpr):
     l = tl.zeros((BV,), tl.float32)
     for v0 in range(0, V, BV):
         live = v0 + v < V
-        x = tl.load(z + v0 + v, mask=live, other=-float("inf"), eviction_policy="evict_last")
-        x = x.to(tl.float32) * LOG2E
-        e = tl.exp2(-tl.abs(x - m))                    # the factor of the smaller of the two
-        l = tl.where(x > m, l * e + 1, l + e)
-        m = tl.maximum(m, x)
+        s = tl.load(z + v0 + v, mask=live, other=-float("inf"), eviction_policy="evict_last")
+        s = s.to(tl.float32) * LOG2E
+        e = tl.exp2(-tl.abs(s - m))                    # the factor of the smaller of the two
+        l = tl.where(s > m, l * e + 1, l + e)
+        m = tl.maximum(m, s)
     top = tl.max(m, 0)                                 # waits for all threads: z_y has been read
     lse = top + tl.log2(tl.sum(l * tl.exp2(m - top), 0))
     tl.store(loss + row, tl.where(counted, (lse - z_y) / LOG2E * factor, 0))
     if GRAD:
         for v0 in range(0, V, BV):
             live = v0 + v < V
-            x = tl.load(z + v0 + v, mask=live, other=0, eviction_policy="evict_first")
-            x = x.to(tl.float32) * LOG2E
-            dz = (tl.exp2(x - lse) - tl.where(v0 + v == label, 1.0, 0.0)) * factor
+            s = tl.load(z + v0 + v, mask=live, other=0, eviction_policy="evict_first")
+            s = s.to(tl.float32) * LOG2E
+            dz = (tl.exp2(s - lse) - tl.where(v0 + v == label, 1.0, 0.0)) * factor
             dz = tl.where(counted, dz, 0).to(z.dtype.element_ty)
             tl.store(z + v0 + v, dz, mask=live, eviction_policy="evict_first")
 
@@ -2527,23 +2527,23 @@ def cross_entropy_(z, y, grad):
 
 
 class HeadLoss(torch.autograd.Function):
-    """The summed loss of x (N, C), weight (V, C) and targets (N,), in chunks of `rows` tokens,
+    """The summed loss of x (N, C), weight (V, C) and targets (N,), in chunks of `chunk` tokens,
     enough to keep products busy.
 
-    Bytes held in bf16: 2 rows V of logits, 4 N C of dx, 4 V C of dW.
+    Bytes held in bf16: 2 chunk V of logits, 4 N C of dx, 4 V C of dW.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, grad, rows=8192):
+    def forward(ctx, x, weight, targets, dtype, grad, chunk=8192):
         w = weight.to(dtype)
         loss = x.new_zeros((), dtype=torch.float32)
         dx = []
         dw = torch.zeros_like(weight, dtype=torch.float32) if grad else None
-        for x_rows, y in zip(x.to(dtype).split(rows), targets.split(rows)):
-            z = x_rows @ w.T                                                            # (rows, V)
+        for x_chunk, y in zip(x.to(dtype).split(chunk), targets.split(chunk)):
+            z = x_chunk @ w.T                                                           # (chunk, V)
             loss = loss + cross_entropy_(z, y, grad).sum()
             if grad:  # z is dz now
                 dx.append(z @ w)
-                dw += z.T @ x_rows
+                dw += z.T @ x_chunk
         if grad:
             ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw.to(weight.dtype))
         return loss
