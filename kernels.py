@@ -768,7 +768,8 @@ def slot_in_use(n, t, SPAN: tl.constexpr):
 # queries, so they need no mask. Without a window only the query itself is near. It then opens the
 # softmax, by a product of rows instead of tiles. So cost grows with T / D + S + W.
 #
-# The backward pass and decoding take the grid and the sinks as one list of *lasting* keys, j -> p.
+# The backward pass and top-k attention take the grid and the sinks as one list of *lasting* keys,
+# j -> p.
 #
 # Scores are in units of log2: scale = log2(e) / sqrt(Dh), so that exp2, which the hardware has,
 # replaces exp. lse = m + log2(l) is kept for the backward pass. Grid: query tiles x B x H, the
@@ -1756,8 +1757,8 @@ def list_kernel(
 # blocks: a program holds the keys of one block and goes through its list in tiles of BM pairs. Grid
 # B H n, heads slowest: the queries of a head, 4 MB at T 16384, stay in the L2 cache. 4 Dh N K FLOPs
 # a query. join: a program takes BM queries, and adds in one order, in float32. Granted keys are
-# lasting and near ones as in the attention kernel, unless the word of their block has the query's
-# bit; the own block's word has it too.
+# the lasting ones and all others in the window, unless the word of their block has the query's bit;
+# the own block's word has it too.
 #
 # T 16384, H 16, Dh 128, N 64, K 16, bf16: the parts are 1.07 GB, written and read: 0.72 ms at 3.0
 # TB/s; 137 GFLOP are 0.18 ms at 745 TFLOP/s, under the writing. T 65536: four times that.
