@@ -1556,7 +1556,7 @@ def decode(token, cache, rope, seen, splits=None):
 # Scores (blocks, heads, T) are never stored. A program takes 64 queries of one head past the
 # summaries twice, in tiles of BN blocks:
 #
-#   1. It keeps the 4 best scores of each lane; lane j sees blocks j, j + BN, ... The K-th best of
+#   1. It keeps the 4 best scores of each lane; lane c sees blocks c, c + BN, ... The K-th best of
 #      these is the bar, unless one lane holds 5 of the best K: 1 query in 5000 at K 16, BN 64.
 #   2. Blocks over the bar are chosen. If these are not K - 1, the bar is sought by bisection of
 #      (score, -index). That order is strict: of equal scores the block of lower index wins.
