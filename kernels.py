@@ -10,7 +10,7 @@ computes.
   rotate       RoPE                      head_loss    output head and cross-entropy
 
 A kernel runs as many programs at once. A program is a group of GPU threads that owns one part of
-the output. Programs start in the order of their number.
+the output. Programs start in the order of their number: GPUs do so, CUDA does not promise it.
 
   in kernels       meaning
   B H T C DH       batch, heads, time, channels, head width; BD is DH rounded up to a power of 2
@@ -131,7 +131,9 @@ def packed_channels(x):
 
 
 def packed_rows(x):
-    """x with channels side by side, and every row at a multiple of 16 bytes. Copied if need be."""
+    """x as descriptors want it: channels side by side, and rows at multiples of 16 bytes, none of
+    them shared. Copied if need be.
+    """
     unit = 16 // x.element_size()
     strides = [stride for stride, n in zip(x.stride()[:3], x.shape) if n > 1]
     ready = all(stride and stride % unit == 0 for stride in strides)
@@ -142,8 +144,8 @@ def packed_rows(x):
     return copy.copy_(x)
 
 
-class Tiles(NamedTuple):
-    """Rows of which there are n: what a kernel takes where it can't take a descriptor."""
+class CountedRows(NamedTuple):
+    """Rows, and their number n in a head: for GPUs without TMA."""
     ptr: Tensor
     b: int
     h: int
@@ -151,19 +153,21 @@ class Tiles(NamedTuple):
     n: int
 
 
-def has_copy_engine(x):
-    """Can the device of x fetch tiles by descriptors? Hopper GPUs and later ones can."""
+def has_tma(x):
+    """Can tiles of x come by TMA, the Tensor Memory Accelerator of Hopper GPUs and later ones? In
+    Triton's interpreter they can too.
+    """
     return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def tiles_of(x, BN, BD):
-    """Packed rows x (B, H, T, Dh), to load BN rows of a head at a time: a descriptor, or Tiles.
+    """Packed rows x (B, H, T, Dh), to load BN rows of a head at a time: a descriptor, by which TMA
+    fetches a tile in one instruction, without an address for each element; or CountedRows.
 
-    By a descriptor the copy engine fetches a tile in one instruction, without an address for each
-    element. Rows beyond T and channels beyond Dh are read as zeros.
+    Either way rows beyond T and channels beyond Dh are read as zeros.
     """
-    if not has_copy_engine(x):
-        return Tiles(*rows(x), x.shape[2])
+    if not has_tma(x):
+        return CountedRows(*rows(x), x.shape[2])
     unit = 16 // x.element_size()
     strides = [stride if size > 1 else unit for stride, size in zip(x.stride(), x.shape)]
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, BN, BD])
@@ -185,14 +189,14 @@ def load_rows(x, b, h, row, live, DH: tl.constexpr, BD: tl.constexpr):
 
 
 @jit
-def load_tile(x, b, h, row, ENGINE: tl.constexpr, BN: tl.constexpr, DH: tl.constexpr,
+def load_tile(x, b, h, row, TMA: tl.constexpr, BN: tl.constexpr, DH: tl.constexpr,
               BD: tl.constexpr):
     """Rows row .. row + BN - 1 of head h of sequence b: (BN, BD). x: what tiles_of gives."""
-    if ENGINE:
+    if TMA:
         tile = x.load([b.to(tl.int32), h.to(tl.int32), row, 0]).reshape(BN, BD)
     else:
         i = row + tl.arange(0, BN)
-        tile = load_rows(x, b, h, i, (i >= 0) & (i < x.n), DH, BD)
+        tile = load_rows(x, b, h, i, i < x.n, DH, BD)
     return tile
 
 
@@ -622,7 +626,7 @@ def rotate(x, cos, sin):
 # original over all positions and slots. Positions are int32 here.
 
 FAR = tl.constexpr(2**30)  # a position that no query reaches; so T < 2^30
-LOWEST = tl.constexpr(-3e38)                           # the least score
+LOWEST = tl.constexpr(-3e38)                           # below all scores, but finite
 
 
 class Span(NamedTuple):
@@ -672,7 +676,11 @@ def within(x, n: tl.constexpr):
 
 @jit
 def sees_near(t, p, ITSELF: tl.constexpr, SPAN: tl.constexpr):
-    """Does the query at t see p, which is before t and at most `reach` away? ITSELF 1: or is t."""
+    """Is 1 <= t - p <= window? With ITSELF 1: is 0 <= t - p <= window?
+
+    A field of patterns that makes `reach` longer than the window must make this true of all that a
+    query sees within reach, lasting keys too.
+    """
     return within(t - p - 1 + ITSELF, SPAN.window + ITSELF)
 
 
@@ -756,17 +764,17 @@ def slot_in_use(n, t, SPAN: tl.constexpr):
 # Sparse attention, equations (3) and (4)
 #
 # What is slow: the definition scores all T x T pairs and then masks nearly all of them.
-# The idea: a query at t sees keys of three kinds, and every key is of one kind only:
+# The idea: the keys that a query at t sees are of three kinds, and for it each is of one only:
 #
 #   near       at most `reach` positions back, t itself too
 #   grid       farther back, on the grid
 #   sinks      farther back, a sink that is not on the grid
 #
-# In memory the keys of a kind lie at equal distances, so the copy engine of the GPU can fetch tiles
-# of BN of them. A program owns BM queries of one head. It goes through the tiles of each kind with
-# an online softmax (m: largest score, l: sum, acc: weighted values). Most tiles are seen by all BM
-# queries, so they need no mask. Without a window only the query itself is near. It then opens the
-# softmax, by a product of rows instead of tiles. So cost grows with T / D + S + W.
+# In memory the keys of a kind lie at equal distances, so TMA can fetch tiles of BN of them. A
+# program owns BM queries of one head. It goes through the tiles of each kind with an online softmax
+# (m: largest score, l: sum, acc: weighted values). Most tiles are seen by all BM queries, so they
+# need no mask. Without a window only the query itself is near. It then opens the softmax, by a
+# product of rows instead of tiles. So cost grows with T / D + S + W.
 #
 # The backward pass and top-k attention take the grid and the sinks as one list of *lasting* keys,
 # j -> p.
@@ -787,7 +795,7 @@ def dot_rows(x, y):
 
 @jit
 def add_keys(q, k, v, sees, scale, acc, l, m):
-    """One step of the online softmax: BN keys more. q (BM, BD); k, v (BN, BD); sees (BM, BN); acc
+    """One step of the online softmax: BN more keys. q (BM, BD); k, v (BN, BD); sees (BM, BN); acc
     (BM, BD); l, m (BM,).
     """
     s = tl.where(sees, dot_rows(q, k), -float("inf"))
@@ -824,19 +832,22 @@ SINKS = tl.constexpr(2)
 def rows_seen(begin, end, origin, KIND: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr):
     """Which rows of a kind the queries at begin .. end - 1 see: (first, inner, whole, stop).
 
-    They lie in [first, stop). All queries see all of [inner, inner + whole), in tiles of BN.
+    They lie in [first, stop). `whole` of them, from `inner` on, are seen by all queries: they need
+    no mask. That is a multiple of BN.
     """
-    near = tl.maximum(begin - SPAN.reach, 0)                           # not near the first query
-    far = tl.maximum(end - 1 - SPAN.reach, 0)                          # nor, up to here, the last
+    far_from_all = tl.maximum(begin - SPAN.reach, 0)                   # keys before this position
+    far_from_last = tl.maximum(end - 1 - SPAN.reach, 0)
     if KIND == NEAR:
-        behind = tl.maximum(end - 1 - SPAN.window - near, 0)           # not in the last's window
-        inner = tl.minimum(near + tl.cdiv(behind, BN) * BN, begin)
+        first = far_from_all
+        unseen = tl.maximum(end - 1 - SPAN.window - first, 0)          # by the last query
+        inner = tl.minimum(first + tl.cdiv(unseen, BN) * BN, begin)
         whole = (begin - inner) // BN * BN
-        seen = near - origin, inner - origin, whole, end - origin
+        seen = first - origin, inner - origin, whole, end - origin
     elif KIND == GRID:
-        seen = 0, 0, near // SPAN.dilation // BN * BN, far // SPAN.dilation
+        whole = far_from_all // SPAN.dilation // BN * BN
+        seen = 0, 0, whole, far_from_last // SPAN.dilation
     else:
-        seen = 0, 0, 0, tl.minimum(far, SPAN.sinks)
+        seen = 0, 0, 0, tl.minimum(far_from_last, SPAN.sinks)
     return seen
 
 
@@ -856,18 +867,18 @@ def sees_rows(t, row, origin, KIND: tl.constexpr, SPAN: tl.constexpr):
 
 @jit
 def attend(q, k, v, b, h, t, begin, end, origin, scale, acc, l, m, KIND: tl.constexpr,
-           SPAN: tl.constexpr, ENGINE: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+           SPAN: tl.constexpr, TMA: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
            BN: tl.constexpr, STAGES: tl.constexpr):
     """acc, l, m of the softmax after all keys of a kind. k, v: its rows, as tiles_of gives them."""
     first, inner, whole, stop = rows_seen(begin, end, origin, KIND, SPAN, BN)
     for row in tl.range(inner, inner + whole, BN, num_stages=STAGES):
-        k_tile = load_tile(k, b, h, row, ENGINE, BN, DH, BD)
-        v_tile = load_tile(v, b, h, row, ENGINE, BN, DH, BD)
+        k_tile = load_tile(k, b, h, row, TMA, BN, DH, BD)
+        v_tile = load_tile(v, b, h, row, TMA, BN, DH, BD)
         acc, l, m = add_scores(dot_rows(q, k_tile), v_tile, scale, acc, l, m)
-    for edge in tl.range(first, stop - whole, BN, num_stages=STAGES):          # skips `whole` rows
-        row = tl.where(edge < inner, edge, edge + whole)
-        k_tile = load_tile(k, b, h, row, ENGINE, BN, DH, BD)
-        v_tile = load_tile(v, b, h, row, ENGINE, BN, DH, BD)
+    for i in tl.range(first, stop - whole, BN, num_stages=STAGES):     # the others, with a mask
+        row = tl.where(i < inner, i, i + whole)
+        k_tile = load_tile(k, b, h, row, TMA, BN, DH, BD)
+        v_tile = load_tile(v, b, h, row, TMA, BN, DH, BD)
         sees = sees_rows(t, row + tl.arange(0, BN), origin, KIND, SPAN)
         acc, l, m = add_keys(q, k_tile, v_tile, sees, scale, acc, l, m)
     return acc, l, m
@@ -877,12 +888,12 @@ def attend(q, k, v, b, h, t, begin, end, origin, scale, acc, l, m, KIND: tl.cons
 def attention_forward_kernel(
         q, k, v, y, near_k, near_v, grid_k, grid_v, sinks_k, sinks_v, lse,
         H, T, start, origin, scale,
-        ENGINE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+        TMA: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """q, k, v, y: Rows of (B, H, T, Dh); lse (B, H, T) float32. The first query is at position
-    `start`, row i of k and v at position origin + i.
+    """q, y: Rows of (B, H, T, Dh); k, v: Rows of (B, H, >= T, Dh); lse (B, H, T) float32. The first
+    query is at position `start`, row r of k and v at position origin + r.
 
-    near, grid, sinks: the rows of each kind, as tiles_of gives them. Row i of near is row i of k,
+    near, grid, sinks: the rows of each kind, as tiles_of gives them. Row r of near is row r of k,
     row j of grid is the j-th position of the grid, row p of sinks is position p.
     """
     bh, b, h, i0 = query_tile(H, T, BM)
@@ -893,7 +904,7 @@ def attention_forward_kernel(
     end = start + tl.minimum(i0 + BM, T)
     q_tile = load_rows(q, b, h, i, live, DH, BD)                                        # (BM, BD)
     if SPAN.reach > 0:
-        m = tl.full((BM,), LOWEST, tl.float32)
+        m = tl.full((BM,), LOWEST, tl.float32)         # with -inf, a masked tile would give NaN
         l = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BD), tl.float32)
     else:
@@ -903,13 +914,13 @@ def attention_forward_kernel(
         acc = load_rows(v, b, h, t - origin, live, DH, BD).to(tl.float32)
     if SPAN.sinks > 0:
         acc, l, m = attend(q_tile, sinks_k, sinks_v, b, h, t, begin, end, 0, scale, acc, l, m,
-                           SINKS, SPAN, ENGINE, DH, BD, BN, STAGES)
+                           SINKS, SPAN, TMA, DH, BD, BN, STAGES)
     if SPAN.dilation > 0:
         acc, l, m = attend(q_tile, grid_k, grid_v, b, h, t, begin, end, 0, scale, acc, l, m,
-                           GRID, SPAN, ENGINE, DH, BD, BN, STAGES)
+                           GRID, SPAN, TMA, DH, BD, BN, STAGES)
     if SPAN.reach > 0:
         acc, l, m = attend(q_tile, near_k, near_v, b, h, t, begin, end, origin, scale, acc, l, m,
-                           NEAR, SPAN, ENGINE, DH, BD, BN, STAGES)
+                           NEAR, SPAN, TMA, DH, BD, BN, STAGES)
     store_rows(y, b, h, i, acc / l[:, None], live, DH, BD)
     tl.store(lse + bh * T + i, m + tl.log2(l), mask=live)
 
@@ -934,7 +945,7 @@ def attention_forward_kernel(
 
 @jit
 def add_dq(q, k, v, dy, sees, lse, delta, scale, dq):
-    """dq (BM, BD) of BN keys more, without the factor 1 / sqrt(Dh)."""
+    """dq (BM, BD) of BN more keys, without the factor 1 / sqrt(Dh)."""
     s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
     prob = tl.exp2(s * scale - lse[:, None])                                            # (BM, BN)
     ds = prob * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
@@ -1011,7 +1022,7 @@ def attention_backward_kv_kernel(
         end = T
     else:
         p = j
-        live = (j < n) & (is_lasting(j, SPAN) == 0)    # the others' rows are computed in vain
+        live = (j < n) & (is_lasting(j, SPAN) == 0)    # lasting rows are computed in vain
         end = tl.minimum(tile * BN + BN + SPAN.reach, T)
     first = tl.min(p)
     k_tile = load_rows(k, b, h, p, live, DH, BD)                                        # (BN, BD)
@@ -1117,7 +1128,7 @@ def run_attention(q, k, v, span, start=0, cache=None):
     origin = start + T - k.shape[2]
     launch(attention_forward_kernel, triton.cdiv(T, constants["BM"]) * B * H, q,
            *rows_of(q, k, v, y), *keys_of(k, v, span, constants, cache), lse,
-           H, T, start, origin, log2_scale(q), ENGINE=has_copy_engine(q), **constants)
+           H, T, start, origin, log2_scale(q), TMA=has_tma(q), **constants)
     return y, lse
 
 
@@ -1235,7 +1246,7 @@ def attention_chunk(q, k_local, v_local, cache, start):
 
     q: (B, h, T, Dh). k_local, v_local: (B, h, L, Dh), the last L = min(window, start) + T
     positions. cache: model.GroupCache, in whose sinks and grid the chunk is stored already. A
-    lasting key is read from there, every other from k_local.
+    lasting key beyond reach is read from there, every other from k_local.
     """
     y, _ = run_attention(q, k_local, v_local, cache.layout.span, start, cache)
     return y
@@ -1928,8 +1939,8 @@ def join_kernel(
 #   blocks    by blocks, as in the forward pass: the pairs' parts of dQ, and dK and dV of the block
 #   granted   by granted keys, past all later queries: it adds to dK and dV
 #
-# Then the parts of dQ, K or K + 1 a query, are summed. Each row has one writer and each sum one
-# order: the same input gives the same gradient, to the bit.
+# Then the parts of dQ, K or K + 1 a query, are summed. In each kernel a row has one writer and each
+# sum one order: the same input gives the same gradient, to the bit.
 #
 # Bytes per query and head in bf16: 4 K Dh of q and dO from the L2 cache, 2 K Dh of dQ written and
 # read; FLOPs: 10 Dh N K. B 4, T 8192, H 16, Dh 128, N 64, K 16: 2.1 GB written and read, 1.4 ms at
@@ -2076,7 +2087,7 @@ def topk_backward_granted_kernel(
         _, acc_k, acc_v = add_dkv(k_tile, v_tile, q_tile, dy_tile, sees, lse_t, delta_t, scale,
                                   acc_k, acc_v)
     acc_k *= factor
-    acc_k += load_rows(dk, b, h, p, p < end, DH, BD)   # of the blocks kernel
+    acc_k += load_rows(dk, b, h, p, p < end, DH, BD)   # what the blocks kernel has found
     acc_v += load_rows(dv, b, h, p, p < end, DH, BD)
     store_rows(dk, b, h, p, acc_k, p < end, DH, BD)
     store_rows(dv, b, h, p, acc_v, p < end, DH, BD)
@@ -2900,7 +2911,7 @@ def main():
     print(f"measured here, bfloat16: {bandwidth / 1e9:.2f} TB/s in an elementwise pass (read + "
           f"written), {rate / 1e9:.0f} TFLOP/s in a matrix product of 8192^3.\n"
           "limit: the fewest bytes or FLOPs of the work at these rates, the slower of the two. "
-          "error: relative, of the first output, to the last peer.\n\n"
+          "error: relative, of the first output, to a peer's.\n\n"
           "| work | ms | limit ms | of limit | error | peers, ms (times ours) |\n"
           "|---|---|---|---|---|---|")
     for timing in timings(flags.work or WORKS, flags.quick):

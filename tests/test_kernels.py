@@ -242,9 +242,9 @@ def test_attention_over_several_tiles(span):
 
 
 @pytest.mark.parametrize("span", [(16, 150, 4), (3, 0, 2), (0, 12, 4)], ids=str)
-def test_attention_without_a_copy_engine(monkeypatch, span):
-    """Before Hopper, tiles are loaded element by element."""
-    monkeypatch.setattr(kernels, "has_copy_engine", lambda x: False)
+def test_attention_without_tma(monkeypatch, span):
+    """On GPUs before Hopper, tiles are loaded element by element."""
+    monkeypatch.setattr(kernels, "has_tma", lambda x: False)
     x = randn(1, 200, 3, 1, 8)
     compare(of_one_head(kernels.attention, span), of_one_head(model.attention, span), x=x)
 
