@@ -1244,7 +1244,7 @@ def attention_chunk(q, k_local, v_local, cache, start):
     """Equation (3) for a chunk of T tokens that continues a sequence at position `start`: (B, h, T,
     Dh).
 
-    q: (B, h, T, Dh). k_local, v_local: (B, h, L, Dh), the last L = min(window, start) + T
+    q: (B, h, T, Dh). k_local, v_local: (B, h, L, Dh), the last L = min(reach, start) + T
     positions. cache: model.GroupCache, in whose sinks and grid the chunk is stored already. A
     lasting key beyond reach is read from there, every other from k_local.
     """

@@ -547,8 +547,8 @@ class Block(nn.Module):
 #
 # Slot 4 is a hole: it is the ring slot of 11, but 11 is on the grid and has its slot there.
 # `positions` calls it empty, so whatever it holds is not attended to. A sink on the grid leaves a
-# hole too. Which position lies in a slot follows from `seen` alone, so there is no table of
-# positions. Keys are stored after RoPE.
+# hole too. Every position within reach is stored. So which position lies in a slot follows from
+# `seen` alone, and there is no table of positions. Keys are stored after RoPE.
 
 class Layout:
     """The slots of a head group: which position lies in which slot."""
