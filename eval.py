@@ -262,12 +262,13 @@ LOWEST, HIGHEST = -16, 32
 def half_lives(model, tokens, config):
     """(L, H, BINS) float32: a histogram of each head's half-lives on validation windows."""
     shape = model.config
-    counts = torch.zeros(shape.n_layer, shape.n_head, BINS)
+    heads = shape.widths["g"] // shape.head_width
+    counts = torch.zeros(shape.n_layer, heads, BINS)
 
     def counter(layer):
         def count(module, inputs, projected):
             half_life = math.log(2) / F.softplus(-projected.g.float())              # (B, T, C)
-            octaves = half_life.log2().clamp(LOWEST, HIGHEST).unflatten(-1, (shape.n_head, -1))
+            octaves = half_life.log2().clamp(LOWEST, HIGHEST).unflatten(-1, (heads, -1))
             for i, head in enumerate(octaves.unbind(2)):
                 counts[layer, i] += torch.histc(head, BINS, LOWEST, HIGHEST).cpu()
         return count

@@ -1540,7 +1540,8 @@ def decode(token, cache, rope, seen, splits=None):
     fill the GPU. ValueError for what does not match.
     """
     require_token(token, cache)
-    B, h, slots, Dh = cache.k.shape
+    B, h, Dh = token[1].shape                          # of q
+    slots = cache.k.shape[2]
     BN = max(4096 // triton.next_power_of_2(Dh), 16)   # 32 keys of 128 channels
     splits = splits or split_count(B * h, slots, BN, cache.k.device)
     return launch_decode(decode_kernel, token, cache, rope, seen, splits,
@@ -2443,7 +2444,8 @@ def decode_topk(token, cache, rope, seen, splits=None):
     require_token(token, cache)
     q = token[1]
     rule = cache.rule
-    B, h, slots, Dh = cache.k.shape
+    B, h, Dh = q.shape
+    slots = cache.k.shape[2]
     n = slots // rule.block
     K = min(rule.topk, n)
     BD = triton.next_power_of_2(Dh)
