@@ -946,9 +946,9 @@ def attention_forward_kernel(
 @jit
 def add_dq(q, k, v, dy, sees, lse, delta, scale, dq):
     """dq (BM, BD) of BN more keys, without the factor 1 / sqrt(Dh)."""
-    s = tl.where(sees, tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
+    s = tl.where(sees, dot_rows(q, k), -float("inf"))
     prob = tl.exp2(s * scale - lse[:, None])                                            # (BM, BN)
-    ds = prob * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
+    ds = prob * (dot_rows(dy, v) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
@@ -958,8 +958,8 @@ def attention_backward_q_kernel(
         H, T, scale, factor,
         ALONE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """As the forward kernel at start 0, without a cache. delta (B, H, T) float32; factor: 1 /
-    sqrt(Dh).
+    """As the forward kernel at start 0, without a cache, but the own key is apart, window or not.
+    delta (B, H, T) float32; factor: 1 / sqrt(Dh).
     """
     bh, b, h, t0 = query_tile(H, T, BM)
     t = t0 + tl.arange(0, BM)
@@ -1000,6 +1000,24 @@ def attention_backward_q_kernel(
 
 
 @jit
+def load_sums(lse, delta, i, live):
+    """lse and delta of queries i; an lse of inf makes the weights of the others 0."""
+    lse = tl.load(lse + i, mask=live, other=float("inf"))
+    return lse, tl.load(delta + i, mask=live, other=0)
+
+
+@jit
+def add_dkv(k, v, q, dy, sees, lse, delta, scale, dk, dv):
+    """ds (BN, BM), and dk, dv (BN, BD) of BM more queries, without the factor 1 / sqrt(Dh)."""
+    s = tl.where(sees, dot_rows(k, q), -float("inf"))
+    prob = tl.exp2(s * scale - lse[None, :])                                            # (BN, BM)
+    dv = tl.dot(prob.to(dy.dtype), dy, dv, input_precision="ieee")
+    ds = prob * (dot_rows(v, dy) - delta[None, :])
+    ds = ds.to(q.dtype)
+    return ds, tl.dot(ds, q, dk, input_precision="ieee"), dv
+
+
+@jit
 def attention_backward_kv_kernel(
         q, k, v, dy, dk, dv, part, lse, delta,
         H, T, scale, factor, n, tiles, splits,
@@ -1036,17 +1054,13 @@ def attention_backward_kv_kernel(
         t = first + number * BM + tl.arange(0, BM)                                      # (BM,)
         q_tile = load_rows(q, b, h, t, t < end, DH, BD)
         dy_tile = load_rows(dy, b, h, t, t < end, DH, BD)
-        lse_t = tl.load(lse + bh * T + t, mask=t < end, other=float("inf"))
-        delta_t = tl.load(delta + bh * T + t, mask=t < end, other=0)
+        lse_t, delta_t = load_sums(lse + bh * T, delta + bh * T, t, t < end)
         if LASTING:
             sees = p[:, None] <= t[None, :]
         else:
             sees = sees_near(t[None, :], p[:, None], 1, SPAN)
-        s = tl.where(sees, tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee"), -float("inf"))
-        prob = tl.exp2(s * scale - lse_t[None, :])                                      # (BN, BM)
-        acc_v = tl.dot(prob.to(dy_tile.dtype), dy_tile, acc_v, input_precision="ieee")
-        ds = prob * (tl.dot(v_tile, tl.trans(dy_tile), input_precision="ieee") - delta_t[None, :])
-        acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision="ieee")
+        _, acc_k, acc_v = add_dkv(k_tile, v_tile, q_tile, dy_tile, sees, lse_t, delta_t, scale,
+                                  acc_k, acc_v)
     if SPLIT:
         place = split * (tl.num_programs(0) // tiles // splits) + bh
         store_rows(part, 0, place, j, acc_k * factor, live, DH, BD)
@@ -1985,24 +1999,6 @@ def topk_backward_q_kernel(
             acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
         place = i * (K + 1) + K
         store_rows(part, b, h, place, acc * factor, live, DH, BD)
-
-
-@jit
-def load_sums(lse, delta, i, live):
-    """lse and delta of queries i; an lse of inf makes the weights of the others 0."""
-    lse = tl.load(lse + i, mask=live, other=float("inf"))
-    return lse, tl.load(delta + i, mask=live, other=0)
-
-
-@jit
-def add_dkv(k, v, q, dy, sees, lse, delta, scale, dk, dv):
-    """ds (BN, BM), and dk, dv (BN, BD) of BM queries more, without the factor 1 / sqrt(Dh)."""
-    s = tl.where(sees, dot_rows(k, q), -float("inf"))
-    prob = tl.exp2(s * scale - lse[None, :])
-    dv = tl.dot(prob.to(dy.dtype), dy, dv, input_precision="ieee")
-    ds = prob * (dot_rows(v, dy) - delta[None, :])
-    ds = ds.to(q.dtype)
-    return ds, tl.dot(ds, q, dk, input_precision="ieee"), dv
 
 
 @jit
