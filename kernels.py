@@ -842,13 +842,13 @@ def rows_seen(begin, end, origin, KIND: tl.constexpr, SPAN: tl.constexpr, BN: tl
         unseen = tl.maximum(end - 1 - SPAN.window - first, 0)          # by the last query
         inner = tl.minimum(first + tl.cdiv(unseen, BN) * BN, begin)
         whole = (begin - inner) // BN * BN
-        seen = first - origin, inner - origin, whole, end - origin
+        found = first - origin, inner - origin, whole, end - origin
     elif KIND == GRID:
         whole = far_from_all // SPAN.dilation // BN * BN
-        seen = 0, 0, whole, far_from_last // SPAN.dilation
+        found = 0, 0, whole, far_from_last // SPAN.dilation
     else:
-        seen = 0, 0, 0, tl.minimum(far_from_last, SPAN.sinks)
-    return seen
+        found = 0, 0, 0, tl.minimum(far_from_last, SPAN.sinks)
+    return found
 
 
 @jit
@@ -1110,17 +1110,19 @@ def log2_scale(q):
     return math.log2(math.e) / math.sqrt(q.shape[-1])
 
 
-def keys_of(k, v, span, constants, cache=None):
-    """near_k, near_v, grid_k, grid_v, sinks_k, sinks_v for the forward kernel. cache: a
-    model.GroupCache that holds the grid and the sinks; else they are rows of k and v.
+def keys_of(k, v, end, span, constants, cache=None):
+    """near_k, near_v, grid_k, grid_v, sinks_k, sinks_v for the forward kernel. k and v end before
+    position `end`. cache: a model.GroupCache that holds the grid up to there and the sinks; else
+    they are rows of k and v.
     """
     near = k, v
+    dilation = max(1, span.dilation)
     if cache:
         source = [packed_rows(x) for x in (cache.k, cache.v)]
-        grid = [x[:, :, cache.layout.before_grid:] for x in source]
+        first = cache.layout.before_grid
+        grid = [x[:, :, first:first + end // dilation] for x in source]
     else:
         source = near
-        dilation = max(1, span.dilation)
         grid = [x[:, :, dilation - 1::dilation] for x in near]
     sinks = [x[:, :, :span.sinks] for x in source]
     return [tiles_of(x if x.numel() else stand_in, constants["BN"], constants["BD"])
@@ -1139,9 +1141,10 @@ def run_attention(q, k, v, span, start=0, cache=None):
     k, v = packed_rows(k), packed_rows(v)
     B, H, T, _ = q.shape
     constants = head_constants(FORWARD_TILES, q, span)
-    origin = start + T - k.shape[2]
+    end = start + T
+    origin = end - k.shape[2]
     launch(attention_forward_kernel, triton.cdiv(T, constants["BM"]) * B * H, q,
-           *rows_of(q, k, v, y), *keys_of(k, v, span, constants, cache), lse,
+           *rows_of(q, k, v, y), *keys_of(k, v, end, span, constants, cache), lse,
            H, T, start, origin, log2_scale(q), TMA=has_tma(q), **constants)
     return y, lse
 
@@ -1694,7 +1697,7 @@ def choose_kernel(
         third = tl.where(best, fourth, third)
         fourth = tl.where(best, -float("inf"), fourth)
     bar = tl.where(own < K, -float("inf"), bar)        # fewer than K: all of them
-    bar = tl.maximum(bar, 1.1 * LOWEST)
+    bar = tl.maximum(bar, 1.1 * LOWEST)                # over -inf, under the scores of past blocks
 
     order = in_order(bar.to(tl.int32, bitcast=True))
     order = order.to(tl.int64) << 31                   # (score, -index) in one
