@@ -1111,9 +1111,9 @@ def log2_scale(q):
 
 
 def keys_of(k, v, end, span, constants, cache=None):
-    """near_k, near_v, grid_k, grid_v, sinks_k, sinks_v for the forward kernel. k and v end before
-    position `end`. cache: a model.GroupCache that holds the grid up to there and the sinks; else
-    they are rows of k and v.
+    """near_k, near_v, grid_k, grid_v, sinks_k, sinks_v for the forward kernel; None for a kind that
+    the span has not. k and v end before position `end`. cache: a model.GroupCache that holds the
+    grid up to there and the sinks; else they are rows of k and v.
     """
     near = k, v
     dilation = max(1, span.dilation)
@@ -1125,8 +1125,13 @@ def keys_of(k, v, end, span, constants, cache=None):
         source = near
         grid = [x[:, :, dilation - 1::dilation] for x in near]
     sinks = [x[:, :, :span.sinks] for x in source]
-    return [tiles_of(x if x.numel() else stand_in, constants["BN"], constants["BD"])
-            for kind in (near, grid, sinks) for x, stand_in in zip(kind, near)]
+    found = []
+    for kind, used in (near, span.reach), (grid, span.dilation), (sinks, span.sinks):
+        for x, stand_in in zip(kind, near):
+            rows_there = x if x.numel() else stand_in
+            tiles = tiles_of(rows_there, constants["BN"], constants["BD"]) if used else None
+            found.append(tiles)
+    return found
 
 
 def run_attention(q, k, v, span, start=0, cache=None):

@@ -642,9 +642,12 @@ class GroupCache:
         `start` on.
         """
         end = start + k_rec.shape[2]
-        if self.layout.rule.dilation == 1:             # the slots are the positions
-            self.k[:, :, start:end] = k_rec
-            self.v[:, :, start:end] = v_rec
+        dilation = self.layout.rule.dilation
+        if dilation and not self.layout.before_grid:   # nothing but the grid: every D-th position
+            slots = slice(start // dilation, end // dilation)
+            kept = slice(-(start + 1) % dilation, None, dilation)
+            self.k[:, :, slots] = k_rec[:, :, kept]
+            self.v[:, :, slots] = v_rec[:, :, kept]
             return
         p, slots = self.layout.kept(start, end, self.k.device)
         self.k.index_copy_(2, slots, k_rec.index_select(2, p - start))
@@ -654,6 +657,8 @@ class GroupCache:
         """k_rec and v_rec with the keys and values before `start` that are within reach in front,
         in order of position.
         """
+        if not self.layout.ring:
+            return k_rec, v_rec
         slots = self.layout.window_slots(start, self.k.device)
         k = torch.cat((self.k.index_select(2, slots), k_rec), dim=2)
         v = torch.cat((self.v.index_select(2, slots), v_rec), dim=2)
