@@ -153,11 +153,16 @@ class CountedRows(NamedTuple):
     n: int
 
 
+def since_hopper(x):
+    """Is x on a Hopper GPU or a later one?"""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
 def has_tma(x):
     """Can tiles of x come by TMA, the Tensor Memory Accelerator of Hopper GPUs and later ones? In
     Triton's interpreter they can too.
     """
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return since_hopper(x) or not x.is_cuda
 
 
 def tiles_of(x, BN, BD):
@@ -1278,14 +1283,14 @@ def attention_chunk(q, k_local, v_local, cache, start):
 # Decoding: one token of each sequence, all that lies between in_proj and out_proj
 #
 # What is slow: a dozen small operations, each a launch, and a mask over slots. Here it is one
-# launch per head group. A head has `splits` programs. Each attends over its share of the slots,
-# which is nearly all the bytes, and needs nothing of the token but q. The last of them to get
-# there does the rest, which is one head wide: the recurrence, the token itself, the gate. For B
-# sequences of h heads and n slots in use, in bf16:
+# launch per head group. A head has `splits` programs. Each loads the token, which is one head wide,
+# and attends over its share of the slots, which is nearly all the bytes. The last of them to get
+# there does the rest: it joins the shares, adds the token itself, and stores. If a head has one
+# program, nothing is joined. For B sequences of h heads and n slots in use, in bf16:
 #
-#   attend    by all      reads 4 B h n Dh bytes, writes 4 B h splits (Dh + 2)
-#   finish    by the last reads that again, 8 B h Dh of in_proj's output and 8 B h Dh of the state;
-#                         writes 8 B h Dh of state, 4 of a key and a value, 2 of y
+#   all         read 4 B h n Dh bytes, and 18 B h splits Dh of in_proj's output and the state;
+#               write 4 B h splits (Dh + 2), if there are several
+#   the last    read that again; write 8 B h Dh of state, 4 of a key and a value, 2 of y
 #
 # H100, 3.0 TB/s, width 2048 in bf16, one layer: 128 sequences at T 4096 hold n = 4096 (D1), 256
 # (D16), 64 (D64) or 516 (D16W256S4) slots = 4.29, 0.27, 0.07, 0.54 GB, hence 1.43, 0.09, 0.02, 0.18
@@ -1353,9 +1358,10 @@ def recur(x, g, state, b, h, d, DH: tl.constexpr):
 
 
 @jit
-def this_token(q, cos, sin, seen, H, scale, DH: tl.constexpr, BD: tl.constexpr):
+def this_token(q, cos, sin, seen, H, scale, EARLY: tl.constexpr, DH: tl.constexpr,
+               BD: tl.constexpr):
     """What the programs of a token begin with: bh, b, h, its position t, d (BD,), cos_d and sin_d,
-    and the query.
+    and the query. EARLY: this kernel may have started before the one that stores the query ended.
     """
     bh = tl.program_id(0).to(tl.int64)
     b = bh // H
@@ -1363,7 +1369,30 @@ def this_token(q, cos, sin, seen, H, scale, DH: tl.constexpr, BD: tl.constexpr):
     t = tl.load(seen).to(tl.int32)
     d = tl.arange(0, BD)
     cos_d, sin_d = load_turn(cos, sin, d, DH)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()                       # for the end of that one
+        tl.extra.cuda.gdc_launch_dependents()          # the next may start, and wait likewise
     return bh, b, h, t, d, cos_d, sin_d, load_query(q, b, h, cos_d, sin_d, d, scale, DH)
+
+
+@jit
+def new_token(
+        o, k, v, g, k_state, v_state, cos_d, sin_d, b, h, d,
+        RECURRENCE: tl.constexpr, DH: tl.constexpr):
+    """What the last program of a head needs besides q: the gate, k~, v~, and k~ after RoPE, each
+    (BD,). All programs load it first, since the last one must not wait for it.
+    """
+    gate = tl.sigmoid(load_channels(o, b, h, d, DH))
+    other = partner(d, DH)
+    if RECURRENCE:                                                                      # (2)
+        k_rec = recur(k, g, k_state, b, h, d, DH)
+        v_rec = recur(v, g, v_state, b, h, d, DH)
+        k_other = recur(k, g, k_state, b, h, other, DH)
+    else:
+        k_rec = load_channels(k, b, h, d, DH)
+        v_rec = load_channels(v, b, h, d, DH)
+        k_other = load_channels(k, b, h, other, DH)
+    return gate, k_rec, v_rec, k_rec * cos_d + k_other * sin_d
 
 
 @jit
@@ -1395,13 +1424,11 @@ def add_rows(q_row, k, v, here, acc, l, m):
 
 
 @jit
-def store_partial(partial, acc, l, m, d, DH: tl.constexpr):
-    """Join the rows of this program, and leave its acc, m, l at `partial`."""
+def join(acc, l, m):
+    """Running softmaxes of different keys as one. acc (n, BD), l and m (n,) -> acc (BD,), l, m."""
     top = tl.max(m, axis=0)
     weight = tl.exp2(m - top)
-    tl.store(partial + d, tl.sum(weight[:, None] * acc, axis=0), mask=d < DH)
-    tl.store(partial + DH, top)
-    tl.store(partial + DH + 1, tl.sum(weight * l, axis=0))
+    return tl.sum(weight[:, None] * acc, axis=0), tl.sum(weight * l, axis=0), top
 
 
 @jit
@@ -1416,62 +1443,64 @@ def is_last(arrived, n):
 
 @jit
 def finish_share(
-        y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial, arrived,
-        acc, l, m, q_row, cos_d, sin_d, d, bh, b, h, t,
+        y, k_state, v_state, k_cache, v_cache, partial, arrived,
+        acc, l, m, q_row, new, d, bh, b, h, t,
         RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BS: tl.constexpr):
     """Leave what this program has found. The last program of a head finishes the token."""
-    splits = tl.num_programs(1)
-    partial += bh * splits * (DH + 2)
-    store_partial(partial + tl.program_id(1) * (DH + 2), acc, l, m, d, DH)
-    if is_last(arrived + bh, splits):
-        finish_token(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial,
-                     q_row, cos_d, sin_d, d, b, h, t, splits, RECURRENCE, SPAN, DH, BS)
+    acc, l, m = join(acc, l, m)
+    if BS == 1:                                        # the only one
+        finish_token(y, k_state, v_state, k_cache, v_cache, acc, l, m, q_row, new, d, b, h, t,
+                     RECURRENCE, SPAN, DH)
+    else:
+        splits = tl.num_programs(1)
+        partial += bh * splits * (DH + 2)
+        mine = partial + tl.program_id(1) * (DH + 2)
+        tl.store(mine + d, acc, mask=d < DH)
+        tl.store(mine + DH, m)
+        tl.store(mine + DH + 1, l)
+        if is_last(arrived + bh, splits):
+            acc, l, m = join(*load_shares(partial, splits, d, DH, BS))
+            finish_token(y, k_state, v_state, k_cache, v_cache, acc, l, m, q_row, new, d, b, h, t,
+                         RECURRENCE, SPAN, DH)
+
+
+@jit
+def load_shares(partial, splits, d, DH: tl.constexpr, BS: tl.constexpr):
+    """acc (BS, BD), l and m (BS,): what the programs of a head have found."""
+    split = tl.arange(0, BS)
+    partial += split * (DH + 2)                                                         # (BS,)
+    m = tl.load(partial + DH, mask=split < splits, other=EMPTY, cache_modifier=".cg")
+    l = tl.load(partial + DH + 1, mask=split < splits, other=0.0, cache_modifier=".cg")
+    some = (split < splits)[:, None] & (d < DH)[None, :]
+    at = partial[:, None] + d[None, :]
+    return tl.load(at, mask=some, other=0.0, cache_modifier=".cg"), l, m
 
 
 @jit
 def finish_token(
-        y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial,
-        q_row, cos_d, sin_d, d, b, h, t, splits,
-        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BS: tl.constexpr):
-    """The recurrence, the splits and the token itself in one softmax, the gate, the store.
+        y, k_state, v_state, k_cache, v_cache, acc, l, m, q_row, new, d, b, h, t,
+        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr):
+    """The token itself in the softmax, the gate, the store.
 
     Only now may the token be stored: its ring slot held position t - W, which it had to see.
     """
-    mine = d < DH
-    other = partner(d, DH)
-    split = tl.arange(0, BS)                           # all loads come first: they take long
-    partial += split * (DH + 2)                                                         # (BS,)
-    m = tl.load(partial + DH, mask=split < splits, other=EMPTY, cache_modifier=".cg")
-    l = tl.load(partial + DH + 1, mask=split < splits, other=0.0, cache_modifier=".cg")
-    some = (split < splits)[:, None] & mine[None, :]
-    at = partial[:, None] + d[None, :]
-    acc = tl.load(at, mask=some, other=0.0, cache_modifier=".cg")                       # (BS, BD)
-    gate = tl.sigmoid(load_channels(o, b, h, d, DH))
-    if RECURRENCE:                                                                      # (2)
-        k_rec = recur(k, g, k_state, b, h, d, DH)
-        v_rec = recur(v, g, v_state, b, h, d, DH)
-        k_other = recur(k, g, k_state, b, h, other, DH)
-        tl.debug_barrier()                             # another thread overwrites channel `other`
+    gate, k_rec, v_rec, k_turned = new
+    if RECURRENCE:
+        tl.debug_barrier()                             # all threads have read the old state
         store_channels(k_state, b, h, d, k_rec, DH)
         store_channels(v_state, b, h, d, v_rec, DH)
-    else:
-        k_rec = load_channels(k, b, h, d, DH)
-        v_rec = load_channels(v, b, h, d, DH)
-        k_other = load_channels(k, b, h, other, DH)
-    k_rec = k_rec * cos_d + k_other * sin_d
-    own = tl.sum(q_row * k_rec, axis=0)
-    top = tl.maximum(tl.max(m, axis=0), own)
+    own = tl.sum(q_row * k_turned, axis=0)
+    top = tl.maximum(m, own)
     weight = tl.exp2(m - top)
     own = tl.exp2(own - top)
-    total = tl.sum(weight * l, axis=0) + own
-    attended = (tl.sum(weight[:, None] * acc, axis=0) + own * v_rec) / total            # (3)
+    attended = (weight * acc + own * v_rec) / (weight * l + own)                        # (3)
     store_channels(y, b, h, d, gate * attended, DH)                                     # (5)
     if allowed(t + 1, t, SPAN):  # the next query may need it
         slot = slot_of(t, SPAN).to(tl.int64)
         k_slot = head(k_cache, b, h) + slot * k_cache.t + d
         v_slot = head(v_cache, b, h) + slot * v_cache.t + d
-        tl.store(k_slot, k_rec.to(k_cache.ptr.dtype.element_ty), mask=mine)
-        tl.store(v_slot, v_rec.to(v_cache.ptr.dtype.element_ty), mask=mine)
+        tl.store(k_slot, k_turned.to(k_cache.ptr.dtype.element_ty), mask=d < DH)
+        tl.store(v_slot, v_rec.to(v_cache.ptr.dtype.element_ty), mask=d < DH)
 
 
 @jit
@@ -1479,15 +1508,16 @@ def decode_kernel(
         y, o, q, k, v, g, k_state, v_state,
         cos, sin, k_cache, v_cache, seen, partial, arrived,
         H, scale,
-        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr, DH: tl.constexpr,
+        BD: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
     """Program (bh, split): attention of the token over its share of the slots in use. The last
     program of a head finishes the token.
 
     partial (B * H, splits, Dh + 2) float32: acc, m, l. arrived (B * H,) int32: zeros, before and
     after. Slots that hold no allowed position are not loaded.
     """
-    bh, b, h, t, d, cos_d, sin_d, q_row = this_token(q, cos, sin, seen, H, scale, DH, BD)
+    bh, b, h, t, d, cos_d, sin_d, q_row = this_token(q, cos, sin, seen, H, scale, EARLY, DH, BD)
+    new = new_token(o, k, v, g, k_state, v_state, cos_d, sin_d, b, h, d, RECURRENCE, DH)
     in_use = slots_in_use(t, SPAN)
     acc, l, m = no_rows(BN, BD)
     first, end = share_of(tl.cdiv(in_use, BN))
@@ -1500,8 +1530,8 @@ def decode_kernel(
         k_tile = load_rows(k_cache, b, h, slot, here, DH, BD)                           # (BN, BD)
         v_tile = load_rows(v_cache, b, h, slot, here, DH, BD)
         acc, l, m = add_rows(q_row, k_tile, v_tile, here, acc, l, m)
-    finish_share(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial, arrived, acc, l, m,
-                 q_row, cos_d, sin_d, d, bh, b, h, t, RECURRENCE, SPAN, DH, BS)
+    finish_share(y, k_state, v_state, k_cache, v_cache, partial, arrived, acc, l, m, q_row, new,
+                 d, bh, b, h, t, RECURRENCE, SPAN, DH, BS)
 
 
 def token_rows(x):
@@ -1510,13 +1540,13 @@ def token_rows(x):
 
 
 def split_count(programs, slots, BN, device):
-    """How many programs share the slots of a head: enough to fill the GPU, and at least two tiles
-    for each once the cache is full.
+    """How many programs share the slots of a head: enough for four on each processor of the GPU,
+    and at least two tiles for each once the cache is full.
     """
     if device.type != "cuda":
         return 1
     units = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(64, slots // (2 * BN), 16 * units // max(1, programs)))
+    return max(1, min(32, slots // (2 * BN), 4 * units // max(1, programs)))
 
 
 def require_token(token, cache):
@@ -1530,6 +1560,13 @@ def require_token(token, cache):
             tuple(q.shape), q.dtype, q.device, (B, h, Dh), cache.k.dtype, cache.k.device)
     require(all(x.stride(-1) == 1 for x in token if x is not None),
             "decode: the channels of a head must be neighbours in memory")
+
+
+def early_start(x):
+    """Arguments by which a decoding kernel may start while the one before it ends (programmatic
+    dependent launch), on GPUs that can.
+    """
+    return dict(EARLY=True, launch_pdl=True) if since_hopper(x) else dict(EARLY=False)
 
 
 def launch_decode(kernel, token, cache, rope, seen, splits, *arguments, **constants):
@@ -1546,7 +1583,7 @@ def launch_decode(kernel, token, cache, rope, seen, splits, *arguments, **consta
     launch(kernel, (B * h, splits), q, *parts, *rope, *rows_of(cache.k, cache.v), seen, partial,
            cache.arrived, h, log2_scale(q), *arguments,
            RECURRENCE=g is not None, DH=Dh, BD=triton.next_power_of_2(Dh),
-           BS=triton.next_power_of_2(splits), **constants)
+           BS=triton.next_power_of_2(splits), **early_start(q), **constants)
     return y
 
 
@@ -1564,10 +1601,13 @@ def decode(token, cache, rope, seen, splits=None):
     require_token(token, cache)
     B, h, Dh = token[1].shape                          # of q
     slots = cache.k.shape[2]
-    BN = max(4096 // triton.next_power_of_2(Dh), 16)   # 32 keys of 128 channels
+    BD = triton.next_power_of_2(Dh)
+    BN = max(2048 // BD, 16)                           # 16 keys of 128 channels
+    warps = BN * BD // 1024                            # 32 channels of a tile for each thread
     splits = splits or split_count(B * h, slots, BN, cache.k.device)
     return launch_decode(decode_kernel, token, cache, rope, seen, splits,
-                         SPAN=span_of(*cache.layout.span), BN=BN, STAGES=3, num_warps=4)
+                         SPAN=span_of(*cache.layout.span), BN=BN, STAGES=3, num_warps=warps,
+                         maxnreg=128)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2350,14 +2390,14 @@ def write_summary(summaries, k_cache, b, h, block, SCORE: tl.constexpr, N: tl.co
 def decode_choose_kernel(
         q, cos, sin, k_cache, summaries, seen, scores, chosen,
         H, n,
-        K: tl.constexpr, N: tl.constexpr, SCORE: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BN: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-        STAGES: tl.constexpr):
+        K: tl.constexpr, N: tl.constexpr, SCORE: tl.constexpr, EARLY: tl.constexpr,
+        DH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+        BR: tl.constexpr, STAGES: tl.constexpr):
     """Program (bh): chosen (B * H, K) int32, the own block, then the best of the earlier ones, as
     many as there are. scores (B * H, n) float32: scratch. The query is rounded, as in a whole
     sequence.
     """
-    bh, b, h, t, _, _, _, q_row = this_token(q, cos, sin, seen, H, 1.0, DH, BD)
+    bh, b, h, t, _, _, _, q_row = this_token(q, cos, sin, seen, H, 1.0, EARLY, DH, BD)
     own = t // N
     if (t % N == 0) & (own > 0):
         write_summary(summaries, k_cache, b, h, own - 1, SCORE, N, BR, DH, BD)
@@ -2394,13 +2434,15 @@ def decode_blocks_kernel(
         cos, sin, k_cache, v_cache, seen, partial, arrived,
         H, scale, chosen,
         K: tl.constexpr, N: tl.constexpr, GRANTED: tl.constexpr, SPAN: tl.constexpr,
-        HELD: tl.constexpr, RECURRENCE: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+        HELD: tl.constexpr, RECURRENCE: tl.constexpr, EARLY: tl.constexpr, DH: tl.constexpr,
+        BD: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        STAGES: tl.constexpr):
     """Program (bh, split): as decode_kernel, over tiles of the chosen blocks, then over tiles of
     granted keys. Granted keys in a chosen block are not loaded again. SPAN: of the granted keys;
     HELD: of the cache, which holds every position.
     """
-    bh, b, h, t, d, cos_d, sin_d, q_row = this_token(q, cos, sin, seen, H, scale, DH, BD)
+    bh, b, h, t, d, cos_d, sin_d, q_row = this_token(q, cos, sin, seen, H, scale, EARLY, DH, BD)
+    new = new_token(o, k, v, g, k_state, v_state, cos_d, sin_d, b, h, d, RECURRENCE, DH)
     j = tl.arange(0, BK)
     chosen += bh * K
     taken = tl.minimum(t // N + 1, K)
@@ -2426,8 +2468,8 @@ def decode_blocks_kernel(
         k_tile = load_rows(k_cache, b, h, p, here, DH, BD)                              # (BN, BD)
         v_tile = load_rows(v_cache, b, h, p, here, DH, BD)
         acc, l, m = add_rows(q_row, k_tile, v_tile, here, acc, l, m)
-    finish_share(y, o, k, v, g, k_state, v_state, k_cache, v_cache, partial, arrived, acc, l, m,
-                 q_row, cos_d, sin_d, d, bh, b, h, t, RECURRENCE, HELD, DH, BS)
+    finish_share(y, k_state, v_state, k_cache, v_cache, partial, arrived, acc, l, m, q_row, new,
+                 d, bh, b, h, t, RECURRENCE, HELD, DH, BS)
 
 
 DECODE_TILES = {                                       # for 128 channels: the fastest on an H100
@@ -2460,7 +2502,7 @@ def decode_topk(token, cache, rope, seen, splits=None):
     launch(decode_choose_kernel, B * h, q, token_rows(q), *rope, rows(cache.k),
            rows(cache.summaries), seen, scores, chosen, h, n, SCORE=rule.score,
            BS=max(16, triton.next_power_of_2(n)), BR=triton.next_power_of_2(rule.block),
-           DH=Dh, BD=BD, **constants, **decode_tiles("choose", BD))
+           DH=Dh, BD=BD, **early_start(q), **constants, **decode_tiles("choose", BD))
     tiles = decode_tiles("attend", BD)
     keys = K * rule.block + rule.window + rule.sinks
     if rule.dilation:
