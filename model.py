@@ -503,12 +503,13 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(C, 4 * C, bias=False)
         self.fc2 = nn.Linear(4 * C, C, bias=False)
 
-    def mlp(self, x):
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+    def widen(self, x):
+        """The first half of the MLP: (..., C) -> (..., 4C)."""
+        return F.gelu(self.fc1(self.norm(x)))
 
     def forward(self, x, rope, groups, state=None, start=0):
         x = x + self.mix(x, rope, groups, state, start)
-        return x + self.mlp(x)
+        return x + self.fc2(self.widen(x))
 
     def step(self, x, rope, groups, seen):
         """One token of each sequence: x (B, C) -> (B, C). The same equations, against the caches of
@@ -518,12 +519,19 @@ class Block(nn.Module):
         """
         token = self.mix.project_one(x)                                     # (1)
         y = join_heads([group.step(token, rope, seen) for group in groups])     # (2) to (5)
-        return self.finish_one(x, y)
+        x, wide = self.widen_one(x, y)
+        return self.narrow_one(x, wide)
 
-    def finish_one(self, x, y):
-        """The rest of (5) for one token: x (B, C), y (B, H, Dh), gated -> (B, C)."""
+    def widen_one(self, x, y):
+        """out_proj and the first half of the MLP for one token: x (B, C) and y (B, H, Dh), gated ->
+        the new x, and (B, 4C).
+        """
         x = x + self.mix.out_proj(y.flatten(1))
-        return x + self.mlp(x)
+        return x, self.widen(x)
+
+    def narrow_one(self, x, wide):
+        """The second half of the MLP for one token: x (B, C), wide (B, 4C) -> (B, C)."""
+        return x + self.fc2(wide)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -977,10 +985,16 @@ class RATPlus(nn.Module):
             block.compile(**options)
 
     def compile_step(self, **options):
-        """torch.compile what a decoding step computes before and after the caches' part of it."""
+        """torch.compile what a decoding step computes before and after the caches' part of it.
+
+        The two halves of the MLP are compiled apart. In one graph the compiler would compute GELU
+        anew for each output of fc2.
+        """
+        self.embed_one = torch.compile(self.embed_one, **options)
         for block in self.blocks:
             block.mix.project_one = torch.compile(block.mix.project_one, **options)
-            block.finish_one = torch.compile(block.finish_one, **options)
+            block.widen_one = torch.compile(block.widen_one, **options)
+            block.narrow_one = torch.compile(block.narrow_one, **options)
 
     # Decoding. A prompt is appended in chunks, all positions of a chunk at once; then one token at
     # a time is appended.
@@ -1013,11 +1027,15 @@ class RATPlus(nn.Module):
         """The same for one token (B,) of each sequence. It reads the position on the device, so a
         CUDA graph can hold it.
         """
-        rope = rope_angles(cache.seen, self.config.head_width)
-        x = self.embed(token.clamp(min=0))                                  # -1: see `choose`
+        x, rope = self.embed_one(token, cache.seen)
         for block, groups in zip(self.blocks, cache.groups):
             x = block.step(x, rope, groups, cache.seen)
         return x
+
+    def embed_one(self, token, seen):
+        """x (B, C) of one token (B,) of each sequence, and cos and sin of its position."""
+        rope = rope_angles(seen, self.config.head_width)
+        return self.embed(token.clamp(min=0)), rope                         # -1: see `choose`
 
     @torch.no_grad()
     def prefill(self, idx, cache, chunk=8192):

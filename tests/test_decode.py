@@ -58,7 +58,7 @@ def test_a_compiled_step_is_the_step(pattern):
     traced = []
     model.compile_step(backend=lambda graph, inputs: traced.append(graph) or graph, dynamic=False)
     assert model.generate(idx, 12, pattern, temperature=0).equal(want)
-    assert len(traced) == 2, "before and after the caches' part"
+    assert len(traced) == 4, "the embedding; a block before the caches' part, and twice after it"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_a_cache_says_that_a_failure_left_it_incomplete(filled, monkeypatch, how
     def fail(x):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model.blocks[1], "mlp", fail)
+    monkeypatch.setattr(model.blocks[1], "widen", fail)
     calls = {
         "prefill": lambda: model.prefill(idx[:, 21:23], cache),
         "step": lambda: model.step(idx[:, 21], cache),
