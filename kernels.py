@@ -32,6 +32,7 @@ import functools
 import math
 import os
 import sys
+import time
 from typing import NamedTuple
 
 import torch
@@ -2645,7 +2646,8 @@ class Timing(NamedTuple):
 
 def milliseconds(run, repeats=20, calls=5):
     """Median time of run() on the GPU: replays of a CUDA graph, so that the host's launching is
-    left out.
+    left out. Replays for a tenth of a second come first: an idle GPU takes a while to speed up, and
+    a busy one slows down to its limit of power.
     """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -2656,6 +2658,10 @@ def milliseconds(run, repeats=20, calls=5):
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(calls):
             run()
+    began = time.perf_counter()
+    while time.perf_counter() - began < 0.1:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
         start = torch.cuda.Event(enable_timing=True)
