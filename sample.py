@@ -48,7 +48,7 @@ def sample_flags():
                 type=whole())
     parser.flag("--tokenizer", None, "default: the checkpoint's", choices=("bytes", "gpt2", "ids"))
     parser.switch("--compile", False, "torch.compile what a step computes before and after its "
-                  "attention: faster steps, after most of a minute")
+                  "attention: faster steps, after half a minute")
     parser.switch("--bench", False, "time prefill and greedy decoding instead of writing text")
     parser.flag("--preset", "laptop", "of --bench without --checkpoint: the model's shape",
                 choices=[*PRESETS])
