@@ -155,8 +155,10 @@ class CountedRows(NamedTuple):
 
 
 def since_hopper(x):
-    """Is x on a Hopper GPU or a later one?"""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Does x lie on a Hopper GPU or a later one, and do kernels run there?"""
+    if INTERPRETER or not x.is_cuda:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def has_tma(x):
@@ -1286,12 +1288,13 @@ def attention_chunk(q, k_local, v_local, cache, start):
 # What is slow: a dozen small operations, each a launch, and a mask over slots. Here it is one
 # launch per head group. A head has `splits` programs. Each loads the token, which is one head wide,
 # and attends over its share of the slots, which is nearly all the bytes. The last of them to get
-# there does the rest: it joins the shares, adds the token itself, and stores. If a head has one
-# program, nothing is joined. For B sequences of h heads and n slots in use, in bf16:
+# there does the rest: it joins the shares, adds the token as one more key, and stores. If a head
+# has one program, there are no shares to join. For B sequences of h heads and n slots in use, in
+# bf16:
 #
 #   all         read 4 B h n Dh bytes, and 18 B h splits Dh of in_proj's output and the state;
-#               write 4 B h splits (Dh + 2), if there are several
-#   the last    read that again; write 8 B h Dh of state, 4 of a key and a value, 2 of y
+#               write their shares, 4 B h splits (Dh + 2), if a head has several programs
+#   the last    read the shares; write 8 B h Dh of state, 4 of a key and a value, 2 of y
 #
 # H100, 3.0 TB/s, width 2048 in bf16, one layer: 128 sequences at T 4096 hold n = 4096 (D1), 256
 # (D16), 64 (D64) or 516 (D16W256S4) slots = 4.29, 0.27, 0.07, 0.54 GB, hence 1.43, 0.09, 0.02, 0.18
@@ -1302,14 +1305,17 @@ def attention_chunk(q, k_local, v_local, cache, start):
 #
 # A key is used once, by one query: two multiply-adds per channel read. That is far too little for
 # tensor cores to matter, so the arithmetic is float32 on the ordinary cores. What matters is that
-# loads never wait. So each of the BN rows of a tile has its own running softmax (m, l, acc), each
-# row lies in one warp, and the loop's sums need no barrier. Rows, then splits, meet once at the
-# end. (The usual order, one maximum per tile, would meet in every iteration.)
+# loads are always under way. So each of the BN rows of a tile has its own running softmax (m, l,
+# acc), and the loop's sums need no barrier, as a row of up to 256 channels lies in one warp. Rows,
+# then shares, meet once at the end. (The usual order, one maximum per tile, would meet in every
+# iteration.)
 #
 #   row r, slots r, r + BN, ...:      s = q . k~_p log2(e) / sqrt(Dh)     m' = max(m, s)
 #                                     l' = l 2^(m - m') + 2^(s - m')
 #                                     acc' = acc 2^(m - m') + 2^(s - m') v~_p
 #   meeting:                          M = max m,  y = sum 2^(m - M) acc / sum 2^(m - M) l
+#
+# q and k~ are those after RoPE.
 #
 # Limits: B h < 2^31, positions < 2^30; any even Dh, padded to a power of 2 in registers only.
 
@@ -1361,18 +1367,18 @@ def recur(x, g, state, b, h, d, DH: tl.constexpr):
 @jit
 def this_token(q, cos, sin, seen, H, scale, EARLY: tl.constexpr, DH: tl.constexpr,
                BD: tl.constexpr):
-    """What the programs of a token begin with: bh, b, h, its position t, d (BD,), cos_d and sin_d,
-    and the query. EARLY: this kernel may have started before the one that stores the query ended.
+    """What every program begins with: bh, b, h, the token's position t, d (BD,), cos_d and sin_d,
+    and the query. EARLY: the kernel before this one may still run, so it is waited for.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()          # the next kernel may start, and wait
     bh = tl.program_id(0).to(tl.int64)
     b = bh // H
     h = bh % H
     t = tl.load(seen).to(tl.int32)
     d = tl.arange(0, BD)
     cos_d, sin_d = load_turn(cos, sin, d, DH)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()                       # for the end of that one
-        tl.extra.cuda.gdc_launch_dependents()          # the next may start, and wait likewise
     return bh, b, h, t, d, cos_d, sin_d, load_query(q, b, h, cos_d, sin_d, d, scale, DH)
 
 
@@ -1381,7 +1387,7 @@ def new_token(
         o, k, v, g, k_state, v_state, cos_d, sin_d, b, h, d,
         RECURRENCE: tl.constexpr, DH: tl.constexpr):
     """What the last program of a head needs besides q: the gate, k~, v~, and k~ after RoPE, each
-    (BD,). All programs load it first, since the last one must not wait for it.
+    (BD,). All programs load it first, so that it is there when the last one needs it.
     """
     gate = tl.sigmoid(load_channels(o, b, h, d, DH))
     other = partner(d, DH)
@@ -1398,9 +1404,7 @@ def new_token(
 
 @jit
 def share_of(tiles):
-    """The first of this program's tiles, and the end. The shares of a head follow from `seen`: at
-    any length they differ by one tile at most.
-    """
+    """The first of this program's tiles, and the end. Shares differ by one tile at most."""
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     return tiles * split // splits, tiles * (split + 1) // splits
@@ -1438,7 +1442,7 @@ def is_last(arrived, n):
     tl.debug_barrier()                                 # all threads of this program have stored
     before = tl.atomic_add(arrived, 1, sem="acq_rel")
     if before == n - 1:
-        tl.store(arrived, 0)                           # for the next step
+        tl.store(arrived, 0)                           # for the next launch
     return before == n - 1
 
 
@@ -1447,7 +1451,8 @@ def finish_share(
         y, k_state, v_state, k_cache, v_cache, partial, arrived,
         acc, l, m, q_row, new, d, bh, b, h, t,
         RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BS: tl.constexpr):
-    """Leave what this program has found. The last program of a head finishes the token."""
+    """Store this program's share. The last program of a head, or its only one, finishes the token.
+    """
     acc, l, m = join(acc, l, m)
     if BS == 1:                                        # the only one
         finish_token(y, k_state, v_state, k_cache, v_cache, acc, l, m, q_row, new, d, b, h, t,
@@ -1483,18 +1488,18 @@ def finish_token(
         RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr):
     """The token itself in the softmax, the gate, the store.
 
-    Only now may the token be stored: its ring slot held position t - W, which it had to see.
+    The token is stored last: its ring slot held position t - reach, which the query had to see.
     """
     gate, k_rec, v_rec, k_turned = new
+    tl.debug_barrier()                                 # all threads have read state and slots
     if RECURRENCE:
-        tl.debug_barrier()                             # all threads have read the old state
         store_channels(k_state, b, h, d, k_rec, DH)
         store_channels(v_state, b, h, d, v_rec, DH)
-    own = tl.sum(q_row * k_turned, axis=0)
-    top = tl.maximum(m, own)
-    weight = tl.exp2(m - top)
-    own = tl.exp2(own - top)
-    attended = (weight * acc + own * v_rec) / (weight * l + own)                        # (3)
+    own_score = tl.sum(q_row * k_turned, axis=0)
+    top = tl.maximum(m, own_score)
+    fade = tl.exp2(m - top)
+    own = tl.exp2(own_score - top)
+    attended = (fade * acc + own * v_rec) / (fade * l + own)                            # (3)
     store_channels(y, b, h, d, gate * attended, DH)                                     # (5)
     if allowed(t + 1, t, SPAN):  # the next query may need it
         slot = slot_of(t, SPAN).to(tl.int64)
@@ -1541,8 +1546,8 @@ def token_rows(x):
 
 
 def split_count(programs, slots, BN, device):
-    """How many programs share the slots of a head: enough for four on each processor of the GPU,
-    and at least two tiles for each once the cache is full.
+    """How many programs share the slots of a head, at most 32. They are to be about four on each
+    processor of the GPU, with at least two tiles for each once the cache is full.
     """
     if device.type != "cuda":
         return 1

@@ -987,8 +987,8 @@ class RATPlus(nn.Module):
     def compile_step(self, **options):
         """torch.compile what a decoding step computes before and after the caches' part of it.
 
-        The two halves of the MLP are compiled apart. In one graph the compiler would compute GELU
-        anew for each output of fc2.
+        The two halves of the MLP are compiled apart. In one graph the compiler would compute the
+        residual sum anew for each output of fc1, and GELU for each of fc2.
         """
         self.embed_one = torch.compile(self.embed_one, **options)
         for block in self.blocks:
