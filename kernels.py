@@ -1454,20 +1454,20 @@ def finish_share(
     """Store this program's share. The last program of a head, or its only one, finishes the token.
     """
     acc, l, m = join(acc, l, m)
-    if BS == 1:                                        # the only one
-        finish_token(y, k_state, v_state, k_cache, v_cache, acc, l, m, q_row, new, d, b, h, t,
-                     RECURRENCE, SPAN, DH)
-    else:
+    finishes = True
+    if BS > 1:
         splits = tl.num_programs(1)
         partial += bh * splits * (DH + 2)
         mine = partial + tl.program_id(1) * (DH + 2)
         tl.store(mine + d, acc, mask=d < DH)
         tl.store(mine + DH, m)
         tl.store(mine + DH + 1, l)
-        if is_last(arrived + bh, splits):
+        finishes = is_last(arrived + bh, splits)
+    if finishes:
+        if BS > 1:
             acc, l, m = join(*load_shares(partial, splits, d, DH, BS))
-            finish_token(y, k_state, v_state, k_cache, v_cache, acc, l, m, q_row, new, d, b, h, t,
-                         RECURRENCE, SPAN, DH)
+        finish_token(y, k_state, v_state, k_cache, v_cache, acc, l, m, q_row, new, d, b, h, t,
+                     RECURRENCE, SPAN, DH)
 
 
 @jit
