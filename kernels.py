@@ -1319,8 +1319,6 @@ def attention_chunk(q, k_local, v_local, cache, start):
 #
 # Limits: B h < 2^31, positions < 2^30; any even Dh, padded to a power of 2 in registers only.
 
-EMPTY = tl.constexpr(-1e30)                            # m of a row without keys: below all scores
-
 
 @jit
 def load_channels(x, b, h, d, DH: tl.constexpr):
@@ -1414,7 +1412,7 @@ def share_of(tiles):
 def no_rows(BN: tl.constexpr, BD: tl.constexpr):
     """acc, l, m before the first tile."""
     acc = tl.zeros((BN, BD), tl.float32)
-    return acc, tl.zeros((BN,), tl.float32), tl.full((BN,), EMPTY, tl.float32)
+    return acc, tl.zeros((BN,), tl.float32), tl.full((BN,), LOWEST, tl.float32)
 
 
 @jit
@@ -1475,7 +1473,7 @@ def load_shares(partial, splits, d, DH: tl.constexpr, BS: tl.constexpr):
     """acc (BS, BD), l and m (BS,): what the programs of a head have found."""
     split = tl.arange(0, BS)
     partial += split * (DH + 2)                                                         # (BS,)
-    m = tl.load(partial + DH, mask=split < splits, other=EMPTY, cache_modifier=".cg")
+    m = tl.load(partial + DH, mask=split < splits, other=LOWEST, cache_modifier=".cg")
     l = tl.load(partial + DH + 1, mask=split < splits, other=0.0, cache_modifier=".cg")
     some = (split < splits)[:, None] & (d < DH)[None, :]
     at = partial[:, None] + d[None, :]
@@ -1971,9 +1969,9 @@ def join_kernel(
     count = tl.where(live, count, 0)
     part_lse += (bh * T + i) * K
     words += bh * n * tl.cdiv(T, WORD)
-    m = tl.full((BM,), EMPTY, tl.float32)
+    m = tl.full((BM,), LOWEST, tl.float32)
     for j in range(K):
-        lse_j = tl.load(part_lse + j, mask=j < count, other=EMPTY)
+        lse_j = tl.load(part_lse + j, mask=j < count, other=LOWEST)
         m = tl.maximum(m, lse_j)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
@@ -2553,7 +2551,7 @@ def cross_entropy_kernel(z, y, loss, V, BV: tl.constexpr, GRAD: tl.constexpr):
     right = (label >= 0) & (label < V)
     factor = tl.where(right, 1.0, float("nan"))
     z_y = load_float(z + label, right, 0) * LOG2E
-    m = tl.full((BV,), EMPTY, tl.float32)
+    m = tl.full((BV,), LOWEST, tl.float32)
     l = tl.zeros((BV,), tl.float32)
     for v0 in range(0, V, BV):
         live = v0 + v < V
