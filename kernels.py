@@ -1,52 +1,43 @@
 """
 RAT+'s operations at the speed of a GPU, as Triton kernels. model.py defines what each of them
-computes.
+computes, checks the arguments, and calls them.
 
   recurrence   h_t = a_t * h_{t-1} + (1 - a_t) * x_t     a_t = sigmoid(g_t), x in {k, v}     (2)
+  rotate       RoPE
   attention    y_t = sum over allowed p of softmax_p(q_t . k_p / sqrt(Dh)) v_p              (3)
-  allowed      p <= t, and p is on the dilated grid, in the window, or a sink               (4)
+               allowed: p <= t, and p is on the dilated grid, in the window, or a sink       (4)
   decode       (2) to (4), and sigmoid(o) * y of (5), for one token of each sequence and a cache
   top-k        attention over the K best blocks of each query, and its decoding
-  rotate       RoPE                      head_loss    output head and cross-entropy
 
 A kernel runs as many programs at once. A program is a group of GPU threads that owns one part of
 the output. Programs start in the order of their number: GPUs do so, CUDA does not promise it.
 
   in kernels       meaning
-  B H T C DH       batch, heads, time, channels, head width; BD is DH rounded up to a power of 2
+  B H T C          batch, heads, time, channels
+  DH, BD           head width, and that rounded up to a power of 2
   b, h, bh         a sequence, a head, and both as one number bh = b * H + h
   t, p             position of a query, position of a key
   t0, p0, i0 ...   the first t, p, i of a tile
-  SPAN             dilation, window, sinks of a rule, and its reach
-  BT BC BM BN BV   sides of a program's tile: time, channels, queries, keys (or slots, or blocks),
-                   vocabulary
-  BS               number of splits (or blocks), rounded up to a power of 2
+  RULE             a pattern's sizes: Sizes, or model.Rule, which has those of top-k blocks too
+  BT BC BM BN      sides of a program's tile: time, channels, queries, keys (or rows, or blocks)
+  BS BK BR BV      the same of scores or shares, choices, rows of a block, vocabulary
   RUN, COPIES      see the recurrence
 
-A comment after a line often gives the shape of a tile. `python kernels.py` times the main
-operations beside PyTorch's own. With TRITON_INTERPRET=1 Triton's interpreter runs the kernels on a
-CPU, for tests.
+A comment after a line often gives the shape of a tile. With TRITON_INTERPRET=1 Triton's interpreter
+runs the kernels on a CPU, for tests. `python tests/bench_kernels.py` times them.
 """
-import argparse
-import functools
 import math
 import os
-import sys
-import time
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    if __name__ == "__main__":
-        sys.exit("kernels.py: triton is not installed")
-    raise                                              # model.py goes on without kernels
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from triton.language import constexpr
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 jit = triton.jit
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,9 +46,7 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 
 def interpret():
-    """From now on model.py sends CPU tensors to the kernels too. They run in Triton's interpreter
-    (TRITON_INTERPRET=1).
-    """
+    """From now on model.py sends CPU tensors to the kernels too, for Triton's interpreter."""
     global ON_CPU
     ON_CPU = True
 
@@ -67,32 +56,6 @@ def take(x):
     return (x.is_cuda or ON_CPU) and x.dtype in DTYPES
 
 
-def path(device):
-    """What computes here, for the header line of the scripts."""
-    where = "Triton's interpreter" if ON_CPU else torch.cuda.get_device_name(device)
-    return f"Triton {triton.__version__} kernels on {where}"
-
-
-def require(condition, message, *told):
-    """ValueError, with the values `told` in the message, unless the condition holds."""
-    if not condition:
-        raise ValueError(message.format(*told) if told else message)
-
-
-def require_alike(name, **tensors):
-    """ValueError unless the tensors share shape and device, and kernels take their dtypes."""
-    first = next(iter(tensors.values()))
-    for x in tensors.values():
-        if x.shape != first.shape or x.device != first.device or x.dtype not in DTYPES:
-            told = ", ".join(f"{key} {described(x)}" for key, x in tensors.items())
-            raise ValueError(f"{name}: wants one shape and device, and float32, float16 or "
-                             f"bfloat16, got {told}")
-
-
-def described(x):
-    return f"{tuple(x.shape)} {x.dtype} {x.device}"
-
-
 def launch(kernel, programs, x, *arguments, **constants):
     """Start a kernel on the device of the tensor x."""
     grid = programs if isinstance(programs, tuple) else (programs,)
@@ -100,38 +63,66 @@ def launch(kernel, programs, x, *arguments, **constants):
         kernel[grid](*arguments, **constants)
 
 
-def recorded(*tensors):
-    """Must PyTorch see this call as an operator, for gradients or for torch.compile? If not,
-    launching directly is faster.
+# The differentiable operations are operators of PyTorch, so that torch.compile takes them as they
+# are. An operator makes its outputs and launches kernels to fill them, unless the tensors are fake:
+# then PyTorch asks for shapes only.
+
+def operator(f):
+    """f, which takes and returns tensors, as the operator rat::<its name without _forward>."""
+    name = f"rat::{f.__name__.removesuffix('_forward')}"
+    registered = torch.library.custom_op(name, f, mutates_args=())
+    registered.register_fake(f)
+    return registered
+
+
+def idle(x):
+    """Is there nothing to launch: no data, or no elements?"""
+    return isinstance(x, FakeTensor) or x.numel() == 0
+
+
+def unrecorded(*tensors):
+    """Does nobody record this call, for gradients or as a trace? Then a function may be called
+    without its operator, which is faster.
     """
     wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return wants_gradients or torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return not wants_gradients and not traced
 
 
 class Rows(NamedTuple):
-    """A tensor (B, H, T, Dh) as kernels take it: pointer, and strides along B, H and T. Channels
-    are neighbours.
+    """A tensor (B, H, T, Dh) as kernels take it: pointer, strides along B, H and T, T, and as
+    constants Dh and Dh rounded up to a power of 2. Channels are neighbours.
     """
     ptr: Tensor
     b: int
     h: int
     t: int
+    n: int
+    DH: constexpr
+    BD: constexpr
 
 
-def rows(x):
-    return Rows(x, *x.stride()[:3])
+def padded(Dh):
+    """A head's width as a side of tiles."""
+    return max(16, triton.next_power_of_2(Dh))
 
 
 def rows_of(*tensors):
     """Rows of each tensor."""
-    return [rows(x) for x in tensors]
+    found = []
+    for x in tensors:
+        DH = constexpr(x.shape[3])
+        BD = constexpr(padded(x.shape[3]))
+        found.append(Rows(x, *x.stride()[:3], x.shape[2], DH, BD))
+    return found
 
 
-def packed_channels(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
+def packed(*tensors):
+    """The tensors, each with channels side by side: copied if need be."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def packed_rows(x):
+def aligned(x):
     """x as descriptors want it: channels side by side, and rows at multiples of 16 bytes, none of
     them shared. Copied if need be.
     """
@@ -145,20 +136,9 @@ def packed_rows(x):
     return copy.copy_(x)
 
 
-class CountedRows(NamedTuple):
-    """Rows, and their number n in a head: for GPUs without TMA."""
-    ptr: Tensor
-    b: int
-    h: int
-    t: int
-    n: int
-
-
 def since_hopper(x):
-    """Does x lie on a Hopper GPU or a later one, and do kernels run there?"""
-    if INTERPRETER or not x.is_cuda:
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Does x lie on a Hopper GPU or a later one?"""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def has_tma(x):
@@ -168,17 +148,29 @@ def has_tma(x):
     return since_hopper(x) or not x.is_cuda
 
 
-def tiles_of(x, BN, BD):
-    """Packed rows x (B, H, T, Dh), to load BN rows of a head at a time: a descriptor, by which TMA
-    fetches a tile in one instruction, without an address for each element; or CountedRows.
-
-    Either way rows beyond T and channels beyond Dh are read as zeros.
+def tiles_of(x, BN):
+    """Aligned x (B, H, T, Dh), to load BN rows of a head at a time: a descriptor, by which TMA
+    fetches a tile in one instruction, without an address for each element; or Rows. Either way rows
+    beyond T and channels beyond Dh are read as zeros.
     """
     if not has_tma(x):
-        return CountedRows(*rows(x), x.shape[2])
+        return rows_of(x)[0]
     unit = 16 // x.element_size()
     strides = [stride if size > 1 else unit for stride, size in zip(x.stride(), x.shape)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, BN, BD])
+    tile = [1, 1, BN, padded(x.shape[3])]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], tile)
+
+
+def new_heads(x):
+    """An empty tensor of x's shape (B, H, T, Dh), laid out so that .transpose(1, 2) is contiguous.
+    """
+    B, H, T, Dh = x.shape
+    return x.new_empty(B, T, H, Dh).transpose(1, 2)
+
+
+@jit
+def load_float(x, mask, other):
+    return tl.load(x, mask=mask, other=other).to(tl.float32)
 
 
 @jit
@@ -188,32 +180,36 @@ def head(x, b, h):
 
 
 @jit
-def load_rows(x, b, h, row, live, DH: tl.constexpr, BD: tl.constexpr):
-    """Rows of x in head h of sequence b: (len(row), BD); 0 where not live, and beyond DH."""
-    d = tl.arange(0, BD)
-    mask = live[:, None] if DH == BD else live[:, None] & (d < DH)[None, :]
-    at = row.to(tl.int64)[:, None] * x.t + d[None, :]
-    return tl.load(head(x, b, h) + at, mask=mask, other=0)
+def rows_at(x, b, h, row, live):
+    """Pointers (len(row), BD) to rows of head h of sequence b, and which of them there are."""
+    d = tl.arange(0, x.BD)
+    mask = live[:, None] if x.DH == x.BD else live[:, None] & (d < x.DH)[None, :]
+    return head(x, b, h) + row.to(tl.int64)[:, None] * x.t + d[None, :], mask
 
 
 @jit
-def load_tile(x, b, h, row, TMA: tl.constexpr, BN: tl.constexpr, DH: tl.constexpr,
-              BD: tl.constexpr):
+def load_rows(x, b, h, row, live):
+    """Rows of x in head h of sequence b: (len(row), BD); 0 where not live, and beyond DH."""
+    at, mask = rows_at(x, b, h, row, live)
+    return tl.load(at, mask=mask, other=0)
+
+
+@jit
+def load_tile(x, b, h, row, TMA: constexpr, BN: constexpr):
     """Rows row .. row + BN - 1 of head h of sequence b: (BN, BD). x: what tiles_of gives."""
     if TMA:
-        tile = x.load([b.to(tl.int32), h.to(tl.int32), row, 0]).reshape(BN, BD)
+        tile = x.load([b.to(tl.int32), h.to(tl.int32), row, 0])
+        tile = tile.reshape(BN, tile.shape[3])
     else:
         i = row + tl.arange(0, BN)
-        tile = load_rows(x, b, h, i, i < x.n, DH, BD)
+        tile = load_rows(x, b, h, i, i < x.n)
     return tile
 
 
 @jit
-def store_rows(x, b, h, row, values, live, DH: tl.constexpr, BD: tl.constexpr):
-    d = tl.arange(0, BD)
-    mask = live[:, None] if DH == BD else live[:, None] & (d < DH)[None, :]
-    at = row.to(tl.int64)[:, None] * x.t + d[None, :]
-    tl.store(head(x, b, h) + at, values.to(x.ptr.dtype.element_ty), mask=mask)
+def store_rows(x, b, h, row, values, live):
+    at, mask = rows_at(x, b, h, row, live)
+    tl.store(at, values.to(x.ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,22 +222,20 @@ def store_rows(x, b, h, row, values, live, DH: tl.constexpr, BD: tl.constexpr):
 #   h_t = P_t * h_in + H_t     P_t: product of the tile's decays up to t, H_t: its scan from zero
 #
 # h_in, the h just before the tile, comes from the program before. So the tiles of a sequence form a
-# chain, but one that carries 2 BC numbers at a time: the rest is done before they arrive. A
-# number travels as one 64-bit word, its float32 bits above a flag. The reader spins until all flags
-# are set. No fence is needed, since a word arrives whole. The chain can't lock up: a program waits
-# only for one of a smaller number, and that one has started before it.
+# chain that carries 2 BC numbers at a time; the rest is done before they arrive. A number travels
+# as one 64-bit word, its float32 bits above a flag. The reader spins until all flags are set. No
+# fence is needed, since a word arrives whole. The chain can't lock up: a program waits only for one
+# of a smaller number, which has started before it.
 #
 # A program owns BT steps x BC channels of one sequence, as a tile (N, RUN, BC) with t = n * RUN +
 # r. The RUN steps of a run lie in the registers of one thread or of a few neighbours, and are
 # scanned there. Only the runs' ends, a RUN-th of the data, go through shared memory.
 #
 # Grid: chunks x B x C / BC, chunks slowest. Bytes per element in bf16: reads k, v, g, writes k_rec,
-# v_rec: 10. The chain adds two words of 8 bytes for each BT steps of a channel, which are zeroed,
-# written and read. Without a chain it would be 16: one pass for the tiles' ends, one for the
-# outputs. Limits: registers (a tile holds P, H and the inputs in float32); for one long sequence
-# the chain's latency.
+# v_rec: 10. Two passes without a chain would be 16. Limits: registers (a tile holds P, H and the
+# inputs in float32); for one long sequence the chain's latency.
 
-LOG2E = tl.constexpr(math.log2(math.e))
+LOG2E = constexpr(math.log2(math.e))
 
 
 @jit
@@ -263,11 +257,12 @@ def then_run(a1, k1, v1, A1, K1, V1, a2, k2, v2, A2, K2, V2):
     """The same for runs of steps. Small letters: inclusive scan of the runs. Capitals start at the
     step that changes nothing (1, 0, 0) and compose all earlier runs: what enters each run.
     """
-    return a1 * a2, a2 * k1 + k2, a2 * v1 + v2, a1 * A2, A2 * k1 + K2, A2 * v1 + V2
+    return (a1 * a2, a2 * k1 + k2, a2 * v1 + v2,
+            a1 * A2, A2 * k1 + K2, A2 * v1 + V2)
 
 
 @jit
-def last(x, axis: tl.constexpr):
+def last(x, axis: constexpr):
     """x at the last index of axis 0 of (N, BC) or of axis 1 of (N, RUN, BC)."""
     i = tl.arange(0, x.shape[axis]) == x.shape[axis] - 1
     return tl.sum(tl.where(i[:, None] if axis == 0 else i[None, :, None], x, 0), axis)
@@ -279,7 +274,7 @@ def either(a, b):
 
 
 @jit
-def read_words(word, mask, COPIES: tl.constexpr):
+def read_words(word, mask, COPIES: constexpr):
     """The words (BC,), 0 if not yet sent.
 
     Several threads hold the same element of a (BC,) tile. They load it separately, so they may see
@@ -300,10 +295,10 @@ def word_of(number):
 
 
 @jit
-def chain(a, u_k, u_v, h0_k, h0_v, words, chunk, chunks, b, c, C, COPIES: tl.constexpr):
+def chain(a, u_k, u_v, first, words, chunk, chunks, b, c, B, C, COPIES: constexpr):
     """h_t = a_t * h_{t-1} + u_t over the tile (N, RUN, BC) of a chunk, for k and for v, in float32.
 
-    h0 (B, C): what enters chunk 0; words (B, chunks, 2, C) int64: what leaves each chunk.
+    first (2, B, C): what enters chunk 0; words (B, chunks, 2, C) int64: what leaves each chunk.
     Returns h_k, h_v (N, RUN, BC) and h at the end of the chunk, 2 x (BC,).
     """
     p, h_k, h_v = tl.associative_scan((a, u_k, u_v), 1, then)
@@ -317,8 +312,8 @@ def chain(a, u_k, u_v, h0_k, h0_v, words, chunk, chunks, b, c, C, COPIES: tl.con
     mask = c < C
     word = words + (b * chunks + chunk) * 2 * C + c
     if chunk == 0:
-        in_k = tl.load(h0_k + b * C + c, mask=mask, other=0)
-        in_v = tl.load(h0_v + b * C + c, mask=mask, other=0)
+        in_k = tl.load(first + b * C + c, mask=mask, other=0)
+        in_v = tl.load(first + (B + b) * C + c, mask=mask, other=0)
     else:
         k = read_words(word - 2 * C, mask, COPIES)
         v = read_words(word - C, mask, COPIES)
@@ -337,7 +332,7 @@ def chain(a, u_k, u_v, h0_k, h0_v, words, chunk, chunks, b, c, C, COPIES: tl.con
 
 
 @jit
-def place(B, C, RUN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def place(B, C, RUN: constexpr, BT: constexpr, BC: constexpr):
     """(chunk, sequence, channels (BC,), steps within the chunk (N, RUN, 1)) of this program."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(C, BC)
@@ -347,19 +342,11 @@ def place(B, C, RUN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
 
 
 @jit
-def load_float(x, mask, other):
-    return tl.load(x, mask=mask, other=other).to(tl.float32)
-
-
-@jit
 def recurrence_forward_kernel(
-        k, v, g, stride_b, stride_t,
-        k0, v0, k_rec, v_rec, k_end, v_end, words,
-        B, T, C,
-        RUN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, COPIES: tl.constexpr):
-    """k, v, g (B, T, C) with these strides; k_rec, v_rec (B, T, C) contiguous.
-
-    k0, v0, k_end, v_end (B, C) float32; words: zeros.
+        k, v, g, stride_b, stride_t, state, k_rec, v_rec, end, words, B, T, C,
+        RUN: constexpr, BT: constexpr, BC: constexpr, COPIES: constexpr):
+    """k, v, g (B, T, C) with these strides; k_rec, v_rec (B, T, C) contiguous; state, end (2, B, C)
+    float32: of the position before and of the last one; words: zeros.
     """
     chunks = tl.cdiv(T, BT)
     chunk, b, c, i = place(B, C, RUN, BT, BC)
@@ -368,10 +355,10 @@ def recurrence_forward_kernel(
     a, rest = decay(load_float(g + at, live, float("inf")))  # past the end a = 1: h stays as it is
     u_k = rest * load_float(k + at, live, 0)
     u_v = rest * load_float(v + at, live, 0)
-    h_k, h_v, end_k, end_v = chain(a, u_k, u_v, k0, v0, words, chunk, chunks, b, c, C, COPIES)
+    h_k, h_v, end_k, end_v = chain(a, u_k, u_v, state, words, chunk, chunks, b, c, B, C, COPIES)
     if chunk == chunks - 1:
-        tl.store(k_end + b * C + c, end_k, mask=c < C)
-        tl.store(v_end + b * C + c, end_v, mask=c < C)
+        tl.store(end + b * C + c, end_k, mask=c < C)
+        tl.store(end + (B + b) * C + c, end_v, mask=c < C)
     out = (b * T + chunk * BT) * C + i * C + c[None, None, :]
     tl.store(k_rec + out, h_k.to(k_rec.dtype.element_ty), mask=live)
     tl.store(v_rec + out, h_v.to(v_rec.dtype.element_ty), mask=live)
@@ -394,11 +381,9 @@ def recurrence_forward_kernel(
 
 @jit
 def recurrence_backward_kernel(
-        k, v, g, stride_b, stride_t,
-        k0, v0, k_rec, v_rec, dk_rec, dv_rec, dk_end, dv_end,
-        dk, dv, dg, dk0, dv0, words,
-        B, T, C,
-        RUN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, COPIES: tl.constexpr):
+        k, v, g, stride_b, stride_t, state, k_rec, v_rec, dk_rec, dv_rec, dend,
+        dk, dv, dg, dstate, words, B, T, C,
+        RUN: constexpr, BT: constexpr, BC: constexpr, COPIES: constexpr):
     """Shapes as in the forward kernel; dk, dv, dg, dk_rec, dv_rec (B, T, C) contiguous."""
     chunks = tl.cdiv(T, BT)
     chunk, b, c, i = place(B, C, RUN, BT, BC)
@@ -412,16 +397,18 @@ def recurrence_backward_kernel(
     d_k = load_float(dk_rec + out, live, 0)
     d_v = load_float(dv_rec + out, live, 0)
     d_k, d_v, first_k, first_v = chain(
-        a_next, d_k, d_v, dk_end, dv_end, words, chunk, chunks, b, c, C, COPIES)
+        a_next, d_k, d_v, dend, words, chunk, chunks, b, c, B, C, COPIES)
     if chunk == chunks - 1:                            # step 0: before it lies the state
         row = b * stride_b + c
+        row_k = b * C + c
+        row_v = (B + b) * C + c
         mask = c < C
         a_0, rest_0 = decay(load_float(g + row, mask, 0))
-        far_k = load_float(k0 + b * C + c, mask, 0) - load_float(k + row, mask, 0)
-        far_v = load_float(v0 + b * C + c, mask, 0) - load_float(v + row, mask, 0)
+        far_k = load_float(state + row_k, mask, 0) - load_float(k + row, mask, 0)
+        far_v = load_float(state + row_v, mask, 0) - load_float(v + row, mask, 0)
         d_g0 = a_0 * rest_0 * (first_k * far_k + first_v * far_v)
-        tl.store(dk0 + b * C + c, a_0 * first_k, mask=mask)
-        tl.store(dv0 + b * C + c, a_0 * first_v, mask=mask)
+        tl.store(dstate + row_k, a_0 * first_k, mask=mask)
+        tl.store(dstate + row_v, a_0 * first_v, mask=mask)
         tl.store(dg + b * T * C + c, d_g0.to(dg.dtype.element_ty), mask=mask)
     a, rest = decay(load_float(g + at, live, 0))
     d_k *= rest
@@ -441,18 +428,17 @@ FEW_CHAINS_BACK = dict(RUN=4, BT=128, BC=32, num_warps=4, maxnreg=168)
 SMALL_TILES = dict(RUN=4, BT=16, BC=16, num_warps=1)             # for the interpreter
 
 
-def launch_recurrence(kernel, many, few, shape, *arguments):
+def launch_recurrence(kernel, many, few, k, *arguments):
     """Run a kernel of the recurrence, with the words of its chain, on tiles that suit the number of
     chains.
     """
-    B, T, C = shape
+    B, T, C = k.shape
     tiles = SMALL_TILES if INTERPRETER else few if B * C < 4096 else many
     chunks = triton.cdiv(T, tiles["BT"])
     copies = max(1, 32 * tiles["num_warps"] // tiles["BC"])
-    k = arguments[0]
     words = torch.zeros(B, chunks, 2, C, dtype=torch.int64, device=k.device)
     programs = chunks * B * triton.cdiv(C, tiles["BC"])
-    launch(kernel, programs, k, *arguments, words, B, T, C, COPIES=copies, **tiles)
+    launch(kernel, programs, k, k, *arguments, words, B, T, C, COPIES=copies, **tiles)
 
 
 def same_strides(*tensors):
@@ -464,44 +450,29 @@ def same_strides(*tensors):
     return tensors if same else tuple(x.contiguous() for x in tensors)
 
 
-def run_recurrence(k, v, g, k0, v0):
-    """k_rec, v_rec (B, T, C); k_end, v_end (B, C) float32."""
-    k, v, g = same_strides(k, v, g)
-    outputs = new_recurrence(k, v, g, k0, v0)
-    launch_recurrence(recurrence_forward_kernel, MANY_CHAINS, FEW_CHAINS, k.shape,
-                      k, v, g, *k.stride()[:2], k0.contiguous(), v0.contiguous(), *outputs)
+def recurrence_forward(
+        k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k_rec, v_rec (B, T, C) and the state at the end (2, B, C) float32."""
+    outputs = tuple(x.new_empty(x.shape) for x in (k, v, state))
+    if not idle(k):
+        k, v, g = same_strides(k, v, g)
+        launch_recurrence(recurrence_forward_kernel, MANY_CHAINS, FEW_CHAINS, k, v, g,
+                          *k.stride()[:2], state.contiguous(), *outputs)
     return outputs
 
 
-def new_recurrence(k, v, g, k0, v0):
-    """Empty outputs of run_recurrence."""
-    return tuple(x.new_empty(x.shape) for x in (k, v, k0, v0))
-
-
-@torch.library.custom_op("rat::recurrence", mutates_args=())
-def recurrence_operator(
-        k: Tensor, v: Tensor, g: Tensor, k0: Tensor, v0: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return run_recurrence(k, v, g, k0, v0)
-
-
-@torch.library.custom_op("rat::recurrence_backward", mutates_args=())
-def recurrence_backward(
-        inputs: list[Tensor], outputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """The gradients of k, v, g (B, T, C) and k0, v0 (B, C).
-
-    inputs: k, v, g, k0, v0; outputs: k_rec, v_rec; grads: of k_rec, v_rec, k_end, v_end.
+@operator
+def recurrence_backward(inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """The gradients of k, v, g (B, T, C) and of the state (2, B, C). inputs: these four and k_rec,
+    v_rec; grads: of k_rec, v_rec and the state at the end.
     """
-    k, v, g = same_strides(*inputs[:3])
-    packed = [x.contiguous() for x in (*inputs[3:], *outputs, *grads)]
-    new = new_gradients(inputs, outputs, grads)
-    launch_recurrence(recurrence_backward_kernel, MANY_CHAINS_BACK, FEW_CHAINS_BACK, k.shape,
-                      k, v, g, *k.stride()[:2], *packed, *new)
-    return new
-
-
-def new_gradients(inputs, outputs, grads):
-    return [x.new_empty(x.shape) for x in inputs]
+    outputs = [x.new_empty(x.shape) for x in inputs[:4]]
+    if not idle(inputs[0]):
+        k, v, g = same_strides(*inputs[:3])
+        others = [x.contiguous() for x in (*inputs[3:], *grads)]
+        launch_recurrence(recurrence_backward_kernel, MANY_CHAINS_BACK, FEW_CHAINS_BACK, k, v, g,
+                          *k.stride()[:2], *others, *outputs)
+    return outputs
 
 
 def keep_recurrence(ctx, inputs, output):
@@ -509,35 +480,21 @@ def keep_recurrence(ctx, inputs, output):
 
 
 def recurrence_gradient(ctx, *grads):
-    saved = ctx.saved_tensors
-    return tuple(recurrence_backward(list(saved[:5]), list(saved[5:]), list(grads)))
+    return tuple(recurrence_backward(list(ctx.saved_tensors), list(grads)))
 
 
-recurrence_operator.register_fake(new_recurrence)
-recurrence_backward.register_fake(new_gradients)
+recurrence_operator = operator(recurrence_forward)
 recurrence_operator.register_autograd(recurrence_gradient, setup_context=keep_recurrence)
 
 
 def recurrence(k, v, g, state=None):
-    """Equation (2) by the kernel: model.recurrence, with the same arguments and results.
-
-    k, v, g: (B, T, C), T >= 1, any strides; state: 2 x (B, C) or None. ValueError for shapes or
-    devices that do not match.
+    """Equation (2) by the kernel: model.recurrence. k, v, g: (B, T, C), any strides; state: (2, B,
+    C) float32.
     """
-    require_alike("recurrence", k=k, v=v, g=g)
-    if k.dim() != 3 or k.shape[1] < 1:
-        raise ValueError(f"recurrence: k, v, g are (B, T >= 1, C), got {tuple(k.shape)}")
-    B, T, C = k.shape
     if state is None:
-        state = k.new_zeros(2, B, C, dtype=torch.float32)
-    k0, v0 = state
-    if not (k0.shape == v0.shape == (B, C) and k0.device == v0.device == k.device):
-        raise ValueError(f"recurrence: the state must be 2 x ({B}, {C}) on {k.device}, "
-                         f"got {described(k0)} and {described(v0)}")
-    arguments = k, v, g, k0.float(), v0.float()
-    run = recurrence_operator if recorded(*arguments) else run_recurrence
-    k_rec, v_rec, k_end, v_end = run(*arguments)
-    return k_rec, v_rec, (k_end, v_end)
+        state = k.new_zeros(2, len(k), k.shape[2], dtype=torch.float32)
+    run = recurrence_forward if unrecorded(k, v, g, state) else recurrence_operator
+    return run(k, v, g, state)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -546,18 +503,16 @@ def recurrence(k, v, g, state=None):
 #   y1 = x1 cos - x2 sin        y2 = x2 cos + x1 sin        x1, x2: the halves of a head's channels
 #
 # What is slow: PyTorch moves about 30 bytes an element through float32 intermediates. Here it is 4
-# in bf16: read 2, write 2. A program owns BT positions of one head, both halves. Grid: B x H x T /
-# BT, heads fastest, as they are neighbours in memory. The backward pass turns the other way, by
-# -sin.
+# in bf16: read 2, write 2. (Under torch.compile the plain formula cost 5 % of a training step.) A
+# program owns BT positions of one head, both halves. Grid: B x H x T / BT, heads fastest, as they
+# are neighbours in memory. The backward pass turns the other way, by -sin.
 
 @jit
-def rotate_kernel(x, y, cos, sin, H, T, HALF: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
+def rotate_kernel(x, y, cos, sin, H, T, HALF: constexpr, BD: constexpr, BT: constexpr):
     """x, y: Rows of (B, H, T, Dh); cos, sin (T, HALF) float32, contiguous. BD: HALF up to a power
     of 2.
     """
     bh = tl.program_id(0).to(tl.int64)
-    b = bh // H
-    h = bh % H
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     d = tl.arange(0, BD)
     live = (t < T)[:, None] & (d < HALF)[None, :]                                       # (BT, BD)
@@ -565,8 +520,8 @@ def rotate_kernel(x, y, cos, sin, H, T, HALF: tl.constexpr, BD: tl.constexpr, BT
     c = tl.load(cos + turn, mask=live, other=0)
     s = tl.load(sin + turn, mask=live, other=0)
     t = t.to(tl.int64)[:, None]
-    source = head(x, b, h) + t * x.t + d[None, :]
-    target = head(y, b, h) + t * y.t + d[None, :]
+    source = head(x, bh // H, bh % H) + t * x.t + d[None, :]
+    target = head(y, bh // H, bh % H) + t * y.t + d[None, :]
     x1 = load_float(source, live, 0)
     x2 = load_float(source + HALF, live, 0)
     y1 = x1 * c - x2 * s
@@ -575,30 +530,19 @@ def rotate_kernel(x, y, cos, sin, H, T, HALF: tl.constexpr, BD: tl.constexpr, BT
     tl.store(target + HALF, y2.to(y.ptr.dtype.element_ty), mask=live)
 
 
-def new_heads(x):
-    """An empty tensor of x's shape (B, H, T, Dh), laid out so that .transpose(1, 2) is contiguous.
-    """
-    B, H, T, Dh = x.shape
-    return x.new_empty(B, T, H, Dh).transpose(1, 2)
-
-
-def run_rotate(x, cos, sin):
-    x = packed_channels(x)
+def rotate_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, T, Dh) after RoPE."""
     y = new_heads(x)
-    B, H, T, Dh = x.shape
-    BD = triton.next_power_of_2(Dh // 2)
-    BT = max(1, 4096 // BD)
-    launch(rotate_kernel, (B * H, triton.cdiv(T, BT)), x,
-           rows(x), rows(y), cos.contiguous(), sin.contiguous(), H, T, Dh // 2, BD, BT)
+    if not idle(x):
+        B, H, T, Dh = x.shape
+        BD = triton.next_power_of_2(Dh // 2)
+        BT = max(1, 4096 // BD)
+        launch(rotate_kernel, (B * H, triton.cdiv(T, BT)), x, *rows_of(*packed(x), y),
+               cos.contiguous(), sin.contiguous(), H, T, Dh // 2, BD, BT)
     return y
 
 
-@torch.library.custom_op("rat::rotate", mutates_args=())
-def rotate_operator(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return run_rotate(x, cos, sin)
-
-
-def keep_turn(ctx, inputs, output):
+def keep_rotation(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
 
 
@@ -607,165 +551,84 @@ def rotate_gradient(ctx, dy):
     return rotate_operator(dy, cos, -sin), None, None
 
 
-rotate_operator.register_fake(lambda x, cos, sin: new_heads(x))
-rotate_operator.register_autograd(rotate_gradient, setup_context=keep_turn)
+rotate_operator = operator(rotate_forward)
+rotate_operator.register_autograd(rotate_gradient, setup_context=keep_rotation)
 
 
 def rotate(x, cos, sin):
-    """RoPE of x (B, H, T, Dh) by the kernel: model.rotate. cos, sin: (T, Dh/2) float32, any
-    strides.
-    """
-    require_alike("rotate", x=x)
-    require_alike("rotate", cos=cos, sin=sin)
-    if x.dim() != 4 or x.shape[3] % 2:
-        raise ValueError(f"rotate: x is (B, H, T, even Dh), got {tuple(x.shape)}")
-    shape = x.shape[2], x.shape[3] // 2
-    same = cos.shape == shape and cos.device == x.device
-    if not (same and cos.dtype == sin.dtype == torch.float32):
-        raise ValueError(f"rotate: cos and sin must be {shape} float32 on {x.device}, "
-                         f"got {described(cos)} and {described(sin)}")
-    return rotate_operator(x, cos, sin) if recorded(x) else run_rotate(x, cos, sin)
+    """RoPE of x (B, H, T, Dh) by the kernel: model.rotate."""
+    return (rotate_forward if unrecorded(x) else rotate_operator)(x, cos, sin)
 
 
 # ---------------------------------------------------------------------------------------------
-# Who sees whom, equation (4), and where a cache keeps a position
-#
-# These are the twins of model.allowed and of model.Layout. Tests compare each twin with its
-# original over all positions and slots. Positions are int32 here.
+# Who sees whom, equation (4). Positions are int32 here.
 
-FAR = tl.constexpr(2**30)  # a position that no query reaches; so T < 2^30
-LOWEST = tl.constexpr(-3e38)                           # below all scores, but finite
+FAR = constexpr(2**30)  # a position that no query reaches; so T < 2^30
+LOWEST = constexpr(-3e38)                           # below all scores, but finite
 
 
-class Span(NamedTuple):
-    """A rule's sizes as a constant of a kernel.
-
-    reach: the largest t - p of a key that a query sees and that is neither on the grid nor a sink.
-    Loops over the window and the ring of a cache are this long. Today it equals the window; a new
-    field of a pattern may make it longer.
+class Sizes(NamedTuple):
+    """Rule.sizes as the constant RULE of a kernel. An operator of PyTorch takes lists of ints only.
     """
     dilation: int
     window: int
     sinks: int
-    reach: int
 
-
-def span_of(dilation, window, sinks):
-    if min(dilation, window, sinks) < 0:
-        raise ValueError(f"dilation, window, sinks must be >= 0: {dilation}, {window}, {sinks}")
-    return Span(dilation, window, sinks, reach=window)
-
-
-def span_within(T, dilation, window, sinks):
-    """The sizes for sequences of T positions: a longer window and more sinks are cut to that."""
-    return [dilation, min(window, T), min(sinks, T)]
+    @property
+    def ring(self):
+        """How many positions before its own can be near to a query, as in model.Rule."""
+        return self.window
 
 
 @jit
-def is_lasting(p, SPAN: tl.constexpr):
+def near_from(t, RULE: constexpr):
+    """The first position that is near to a query at t, as in model.Rule; the last one is t."""
+    return t - RULE.window
+
+
+@jit
+def near_until(p, RULE: constexpr):
+    """The last query that the key at p is near to."""
+    return p + RULE.window
+
+
+@jit
+def is_lasting(p, RULE: constexpr):
     """Is p a sink or on the grid? Once such a key is in the past, every later query sees it."""
-    yes = p < SPAN.sinks
-    if SPAN.dilation > 0:
-        yes = yes | ((p + 1) % SPAN.dilation == 0)
+    yes = p < RULE.sinks
+    if RULE.dilation > 0:
+        yes = yes | ((p + 1) % RULE.dilation == 0)
     return yes
 
 
 @jit
-def allowed(t, p, SPAN: tl.constexpr):
-    """Twin of model.allowed."""
-    return (p <= t) & (is_lasting(p, SPAN) | (t - p <= SPAN.window))
-
-
-@jit
-def within(x, n: tl.constexpr):
-    """0 <= x < n, in one comparison: as an unsigned number, a negative x is huge."""
-    return x.to(tl.uint32, bitcast=True) < n
-
-
-@jit
-def sees_near(t, p, ITSELF: tl.constexpr, SPAN: tl.constexpr):
-    """Is 1 <= t - p <= window? With ITSELF 1: is 0 <= t - p <= window?
-
-    A field of patterns that makes `reach` longer than the window must make this true of all that a
-    query sees within reach, lasting keys too.
+def sees_near(t, p, ITSELF: constexpr, RULE: constexpr):
+    """Is near_from(t) <= p < t? With ITSELF 1: <= t? In one comparison of int32: as an unsigned
+    number, a negative one is huge.
     """
-    return within(t - p - 1 + ITSELF, SPAN.window + ITSELF)
+    count = (t - near_from(t, RULE) + ITSELF).to(tl.uint32, bitcast=True)
+    return (t - p - 1 + ITSELF).to(tl.uint32, bitcast=True) < count
 
 
 @jit
-def count_lasting(t, SPAN: tl.constexpr):
+def count_lasting(t, RULE: constexpr):
     """How many lasting keys lie before position t."""
-    n = tl.minimum(t, SPAN.sinks)
-    if SPAN.dilation > 0:
-        n += tl.maximum(t // SPAN.dilation - SPAN.sinks // SPAN.dilation, 0)
+    n = tl.minimum(t, RULE.sinks)
+    if RULE.dilation > 0:
+        n += tl.maximum(t // RULE.dilation - RULE.sinks // RULE.dilation, 0)
     return n
 
 
-def count_lasting_host(t, span):
-    """The same on the host: (how many sinks, how many positions of the grid behind them)."""
-    sinks = min(span.sinks, t)
-    grid = max(0, t // span.dilation - span.sinks // span.dilation) if span.dilation else 0
-    return sinks, grid
-
-
 @jit
-def lasting(j, n, SPAN: tl.constexpr):
+def lasting(j, n, RULE: constexpr):
     """The position of the j-th of n lasting keys: first the sinks, then the grid behind them. FAR
     from the n-th on.
     """
     p = j
-    if SPAN.dilation > 0:
-        behind = j - SPAN.sinks + SPAN.sinks // SPAN.dilation
-        p = tl.where(j < SPAN.sinks, j, (behind + 1) * SPAN.dilation - 1)
+    if RULE.dilation > 0:
+        behind = j - RULE.sinks + RULE.sinks // RULE.dilation
+        p = tl.where(j < RULE.sinks, j, (behind + 1) * RULE.dilation - 1)
     return tl.where(j < n, p, FAR)
-
-
-@jit
-def slot_of(p, SPAN: tl.constexpr):
-    """Twin of Layout.slot_of: the slot of position p, if it is kept."""
-    slot = p
-    if SPAN.reach > 0:
-        slot = tl.where(p < SPAN.sinks, p, SPAN.sinks + p % SPAN.reach)
-    if SPAN.dilation > 0:
-        in_grid = SPAN.sinks + SPAN.reach + p // SPAN.dilation
-        slot = tl.where((p + 1) % SPAN.dilation == 0, in_grid, slot)
-    return slot
-
-
-@jit
-def position_in(slot, t, SPAN: tl.constexpr):
-    """Twin of Layout.positions: the position in a slot after t tokens; FAR if the slot is empty."""
-    p = slot
-    if SPAN.reach > 0:
-        in_ring = slot - SPAN.sinks
-        latest = t - 1 - (t - 1 - in_ring) % SPAN.reach
-        p = tl.where(in_ring < 0, p, latest)
-    if SPAN.dilation > 0:
-        in_grid = slot - SPAN.sinks - SPAN.reach
-        p = tl.where(in_grid < 0, p, (in_grid + 1) * SPAN.dilation - 1)
-    empty = (p < 0) | (p >= t) | (slot_of(p, SPAN) != slot)
-    return tl.where(empty, FAR, p)
-
-
-@jit
-def slots_in_use(t, SPAN: tl.constexpr):
-    """How many slots may hold a position after t tokens: all sinks, the ring as far as it was
-    filled, the grid so far.
-    """
-    n = SPAN.sinks + tl.minimum(t, SPAN.reach)
-    if SPAN.dilation > 0:
-        n += t // SPAN.dilation
-    return n
-
-
-@jit
-def slot_in_use(n, t, SPAN: tl.constexpr):
-    """The n-th of them."""
-    slot = n
-    if SPAN.reach > 0:
-        ring = tl.minimum(t, SPAN.reach)
-        slot = tl.where(n < SPAN.sinks + ring, n, n + SPAN.reach - ring)
-    return slot
 
 
 # ---------------------------------------------------------------------------------------------
@@ -774,26 +637,21 @@ def slot_in_use(n, t, SPAN: tl.constexpr):
 # What is slow: the definition scores all T x T pairs and then masks nearly all of them.
 # The idea: the keys that a query at t sees are of three kinds, and for it each is of one only:
 #
-#   near       at most `reach` positions back, t itself too
+#   near       at most `window` positions back, t itself too
 #   grid       farther back, on the grid
 #   sinks      farther back, a sink that is not on the grid
 #
 # In memory the keys of a kind lie at equal distances, so TMA can fetch tiles of BN of them. A
 # program owns BM queries of one head. It goes through the tiles of each kind with an online softmax
 # (m: largest score, l: sum, acc: weighted values). Most tiles are seen by all BM queries, so they
-# need no mask. Without a window only the query itself is near. It then opens the softmax, by a
-# product of rows instead of tiles. So cost grows with T / D + S + W.
-#
-# The backward pass and top-k attention take the grid and the sinks as one list of *lasting* keys,
-# j -> p.
+# need no mask. Without a window only the query itself is near: it opens the softmax, by a product
+# of rows. The backward pass takes the grid and the sinks as one list of *lasting* keys, j -> p.
 #
 # Scores are in units of log2: scale = log2(e) / sqrt(Dh), so that exp2, which the hardware has,
 # replaces exp. lse = m + log2(l) is kept for the backward pass. Grid: query tiles x B x H, the
 # tiles of a head together (they share its keys in the L2 cache), those with most keys first.
-# Bytes: q, y, and the own k and v, 4 x Dh per query and head, 8 Dh in bf16; the other keys are
-# found in the L2 cache. FLOPs: 4 Dh x (t / D + S + W) per query. Limits: T < 2^30, and 1024 bytes a
-# head. Offsets are 64-bit. flex_attention needs either all T keys under a mask, or two calls merged
-# through memory.
+# Bytes: q, y, and the own k and v, 8 Dh per query and head in bf16; the other keys are found in the
+# L2 cache. FLOPs: 4 Dh x (t / D + S + W) per query. Limits: T < 2^30, and 1024 bytes a head.
 
 @jit
 def dot_rows(x, y):
@@ -821,7 +679,7 @@ def add_scores(s, v, scale, acc, l, m):
 
 
 @jit
-def query_tile(H, T, BM: tl.constexpr):
+def query_tile(H, T, BM: constexpr):
     """(bh, b, h, i0) of this program, whose tile of queries begins at row i0. The last tiles of a
     head come first.
     """
@@ -831,75 +689,75 @@ def query_tile(H, T, BM: tl.constexpr):
     return bh, bh // H, bh % H, tile * BM
 
 
-NEAR = tl.constexpr(0)                                  # the kinds of keys
-GRID = tl.constexpr(1)
-SINKS = tl.constexpr(2)
+NEAR = constexpr(0)                                  # the kinds of keys
+GRID = constexpr(1)
+SINKS = constexpr(2)
 
 
 @jit
-def rows_seen(begin, end, origin, KIND: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr):
+def rows_seen(begin, end, origin, KIND: constexpr, RULE: constexpr, BN: constexpr):
     """Which rows of a kind the queries at begin .. end - 1 see: (first, inner, whole, stop).
 
     They lie in [first, stop). `whole` of them, from `inner` on, are seen by all queries: they need
     no mask. That is a multiple of BN.
     """
-    far_from_all = tl.maximum(begin - SPAN.reach, 0)                   # keys before this position
-    far_from_last = tl.maximum(end - 1 - SPAN.reach, 0)
+    far_from_all = tl.maximum(near_from(begin, RULE), 0)               # keys before this position
+    far_from_last = tl.maximum(near_from(end - 1, RULE), 0)
     if KIND == NEAR:
         first = far_from_all
-        unseen = tl.maximum(end - 1 - SPAN.window - first, 0)          # by the last query
+        unseen = far_from_last - first                                 # by the last query
         inner = tl.minimum(first + tl.cdiv(unseen, BN) * BN, begin)
         whole = (begin - inner) // BN * BN
         found = first - origin, inner - origin, whole, end - origin
     elif KIND == GRID:
-        whole = far_from_all // SPAN.dilation // BN * BN
-        found = 0, 0, whole, far_from_last // SPAN.dilation
+        whole = far_from_all // RULE.dilation // BN * BN
+        found = 0, 0, whole, far_from_last // RULE.dilation
     else:
-        found = 0, 0, 0, tl.minimum(far_from_last, SPAN.sinks)
+        found = 0, 0, 0, tl.minimum(far_from_last, RULE.sinks)
     return found
 
 
 @jit
-def sees_rows(t, row, origin, KIND: tl.constexpr, SPAN: tl.constexpr):
+def sees_rows(t, row, origin, KIND: constexpr, RULE: constexpr):
     """Which of these rows of a kind the queries at t see: (len(t), len(row))."""
     if KIND == NEAR:
-        sees = sees_near(t[:, None], (origin + row)[None, :], 1, SPAN)
+        sees = sees_near(t[:, None], (origin + row)[None, :], 1, RULE)
     elif KIND == GRID:
-        sees = ((row + 1) * SPAN.dilation - 1)[None, :] < t[:, None] - SPAN.reach
+        sees = ((row + 1) * RULE.dilation - 1)[None, :] < near_from(t, RULE)[:, None]
     else:
-        sees = (row < SPAN.sinks)[None, :] & (row[None, :] < t[:, None] - SPAN.reach)
-        if SPAN.dilation > 0:
-            sees = sees & ((row + 1) % SPAN.dilation != 0)[None, :]    # those are on the grid
+        sees = (row < RULE.sinks)[None, :] & (row[None, :] < near_from(t, RULE)[:, None])
+        if RULE.dilation > 0:
+            sees = sees & ((row + 1) % RULE.dilation != 0)[None, :]    # those are on the grid
     return sees
 
 
 @jit
-def attend(q, k, v, b, h, t, begin, end, origin, scale, acc, l, m, KIND: tl.constexpr,
-           SPAN: tl.constexpr, TMA: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-           BN: tl.constexpr, STAGES: tl.constexpr):
+def attend(q, k, v, b, h, t, begin, end, origin, scale, acc, l, m, KIND: constexpr,
+           RULE: constexpr, TMA: constexpr, BN: constexpr, STAGES: constexpr):
     """acc, l, m of the softmax after all keys of a kind. k, v: its rows, as tiles_of gives them."""
-    first, inner, whole, stop = rows_seen(begin, end, origin, KIND, SPAN, BN)
+    first, inner, whole, stop = rows_seen(begin, end, origin, KIND, RULE, BN)
     for row in tl.range(inner, inner + whole, BN, num_stages=STAGES):
-        k_tile = load_tile(k, b, h, row, TMA, BN, DH, BD)
-        v_tile = load_tile(v, b, h, row, TMA, BN, DH, BD)
+        k_tile = load_tile(k, b, h, row, TMA, BN)
+        v_tile = load_tile(v, b, h, row, TMA, BN)
         acc, l, m = add_scores(dot_rows(q, k_tile), v_tile, scale, acc, l, m)
     for i in tl.range(first, stop - whole, BN, num_stages=STAGES):     # the others, with a mask
         row = tl.where(i < inner, i, i + whole)
-        k_tile = load_tile(k, b, h, row, TMA, BN, DH, BD)
-        v_tile = load_tile(v, b, h, row, TMA, BN, DH, BD)
-        sees = sees_rows(t, row + tl.arange(0, BN), origin, KIND, SPAN)
+        k_tile = load_tile(k, b, h, row, TMA, BN)
+        v_tile = load_tile(v, b, h, row, TMA, BN)
+        sees = sees_rows(t, row + tl.arange(0, BN), origin, KIND, RULE)
         acc, l, m = add_keys(q, k_tile, v_tile, sees, scale, acc, l, m)
     return acc, l, m
 
 
 @jit
 def attention_forward_kernel(
-        q, k, v, y, near_k, near_v, grid_k, grid_v, sinks_k, sinks_v, lse,
+        q, k, v, y, near_k, near_v, grid_k, grid_v, sinks_k, sinks_v, lse, lse_stride,
         H, T, start, origin, scale,
-        TMA: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """q, y: Rows of (B, H, T, Dh); k, v: Rows of (B, H, >= T, Dh); lse (B, H, T) float32. The first
-    query is at position `start`, row r of k and v at position origin + r.
+        TMA: constexpr, RULE: constexpr, RING: constexpr,
+        BM: constexpr, BN: constexpr, STAGES: constexpr):
+    """q, y: Rows of (B, H, T, Dh); k, v: Rows of (B, H, >= T, Dh); lse (B, H, T) float32, with this
+    stride from query to query. The first query is at position `start`, row r of k and v at position
+    origin + r.
 
     near, grid, sinks: the rows of each kind, as tiles_of gives them. Row r of near is row r of k,
     row j of grid is the j-th position of the grid, row p of sinks is position p.
@@ -910,46 +768,44 @@ def attention_forward_kernel(
     t = start + i
     begin = start + i0
     end = start + tl.minimum(i0 + BM, T)
-    q_tile = load_rows(q, b, h, i, live, DH, BD)                                        # (BM, BD)
-    if SPAN.reach > 0:
+    q_tile = load_rows(q, b, h, i, live)                                        # (BM, BD)
+    if RING > 0:
         m = tl.full((BM,), LOWEST, tl.float32)         # with -inf, a masked tile would give NaN
         l = tl.zeros((BM,), tl.float32)
-        acc = tl.zeros((BM, BD), tl.float32)
+        acc = tl.zeros((BM, q.BD), tl.float32)
     else:
-        own_k = load_rows(k, b, h, t - origin, live, DH, BD)
+        own_k = load_rows(k, b, h, t - origin, live)
         m = tl.sum(q_tile.to(tl.float32) * own_k.to(tl.float32), 1) * scale
         l = tl.full((BM,), 1, tl.float32)
-        acc = load_rows(v, b, h, t - origin, live, DH, BD).to(tl.float32)
-    if SPAN.sinks > 0:
+        acc = load_rows(v, b, h, t - origin, live).to(tl.float32)
+    if RULE.sinks > 0:
         acc, l, m = attend(q_tile, sinks_k, sinks_v, b, h, t, begin, end, 0, scale, acc, l, m,
-                           SINKS, SPAN, TMA, DH, BD, BN, STAGES)
-    if SPAN.dilation > 0:
+                           SINKS, RULE, TMA, BN, STAGES)
+    if RULE.dilation > 0:
         acc, l, m = attend(q_tile, grid_k, grid_v, b, h, t, begin, end, 0, scale, acc, l, m,
-                           GRID, SPAN, TMA, DH, BD, BN, STAGES)
-    if SPAN.reach > 0:
+                           GRID, RULE, TMA, BN, STAGES)
+    if RING > 0:
         acc, l, m = attend(q_tile, near_k, near_v, b, h, t, begin, end, origin, scale, acc, l, m,
-                           NEAR, SPAN, TMA, DH, BD, BN, STAGES)
-    store_rows(y, b, h, i, acc / l[:, None], live, DH, BD)
-    tl.store(lse + bh * T + i, m + tl.log2(l), mask=live)
+                           NEAR, RULE, TMA, BN, STAGES)
+    store_rows(y, b, h, i, acc / l[:, None], live)
+    tl.store(lse + (bh * T + i) * lse_stride, m + tl.log2(l), mask=live)
 
 
 # The backward pass. With P the softmax (from lse), dO the gradient of y, and delta_t = dO_t . y_t:
 #
 #   dS = P * (dO V^T - delta)     dQ = dS K / sqrt(Dh)     dK = dS^T Q / sqrt(Dh)     dV = P^T dO
 #
-# dQ goes by queries, like the forward pass, and computes delta on the way. dK and dV go by keys, in
-# a kernel that runs over the lasting keys and, if there is a window, over all others. Without a
-# window only its own query sees such a key; then the dQ kernel writes its dK and dV (ALONE).
-# `attention_backward` decides this, so each row is written exactly once.
+# dQ goes by queries, like the forward pass, and computes delta on the way. dK and dV go by keys:
+# the lasting ones and, if there is a window, all others. Without a window only its own query sees
+# such a key; then the dQ kernel writes its dK and dV. So each row is written exactly once.
 #
 # Lasting keys are few, and all later queries see them: with D 64 and T 4096 there is one tile of
 # keys a head, far too few programs. So the queries of a tile are split over several programs. Their
-# float32 sums go through memory and are added in a fixed order: the same input gives the same
-# gradient, to the bit. Atomic additions would not.
+# float32 sums go through memory and are added in a fixed order: gradients repeat to the bit.
 #
-# Bytes, bf16, per query and head: dQ reads q, k, v, y, dO and writes dq, ALONE dk, dv too: 12 or 16
-# Dh. dK, dV read q, dO once per key tile, mostly from the L2 cache: the tiles of a head run side by
-# side. FLOPs: 6 and 8 Dh per pair, where the forward pass has 4.
+# Bytes, bf16, per query and head: dQ reads q, k, v, y, dO and writes dq, without a window dk, dv
+# too: 12 or 16 Dh. dK, dV read q, dO once per key tile, mostly from the L2 cache. FLOPs: 6 and 8 Dh
+# per pair, where the forward pass has 4.
 
 @jit
 def add_dq(q, k, v, dy, sees, lse, delta, scale, dq):
@@ -963,48 +819,48 @@ def add_dq(q, k, v, dy, sees, lse, delta, scale, dq):
 @jit
 def attention_backward_q_kernel(
         q, k, v, y, dy, dq, dk, dv, lse, delta,
-        H, T, scale, factor,
-        ALONE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """As the forward kernel at start 0, without a cache, but the own key is apart, window or not.
-    delta (B, H, T) float32; factor: 1 / sqrt(Dh).
+        H, T, start, scale, factor,
+        RULE: constexpr, RING: constexpr, BM: constexpr, BN: constexpr, STAGES: constexpr):
+    """As the forward kernel with origin 0, but the own key is apart, window or not. dk, dv: Rows of
+    (B, H, start + T, Dh); delta (B, H, T) float32; factor: 1 / sqrt(Dh).
     """
-    bh, b, h, t0 = query_tile(H, T, BM)
-    t = t0 + tl.arange(0, BM)
-    live = t < T
-    end = tl.minimum(t0 + BM, T)
-    lse_t = tl.load(lse + bh * T + t, mask=live, other=float("inf"))
-    dy_tile = load_rows(dy, b, h, t, live, DH, BD)                                      # (BM, BD)
-    y_tile = load_rows(y, b, h, t, live, DH, BD)
+    bh, b, h, i0 = query_tile(H, T, BM)
+    i = i0 + tl.arange(0, BM)
+    t = start + i
+    live = i < T
+    end = start + tl.minimum(i0 + BM, T)
+    lse_t = tl.load(lse + bh * T + i, mask=live, other=float("inf"))
+    dy_tile = load_rows(dy, b, h, i, live)                                      # (BM, BD)
+    y_tile = load_rows(y, b, h, i, live)
     delta_t = tl.sum(dy_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
-    tl.store(delta + bh * T + t, delta_t, mask=live)
-    q_tile = load_rows(q, b, h, t, live, DH, BD)
-    own_k = load_rows(k, b, h, t, live, DH, BD).to(tl.float32)
-    own_v = load_rows(v, b, h, t, live, DH, BD).to(tl.float32)
+    tl.store(delta + bh * T + i, delta_t, mask=live)
+    q_tile = load_rows(q, b, h, i, live)
+    own_k = load_rows(k, b, h, t, live).to(tl.float32)
+    own_v = load_rows(v, b, h, t, live).to(tl.float32)
     own_prob = tl.exp2(tl.sum(q_tile.to(tl.float32) * own_k, 1) * scale - lse_t)
     own_ds = own_prob * (tl.sum(dy_tile.to(tl.float32) * own_v, 1) - delta_t)
-    if ALONE:
-        mine = live & (is_lasting(t, SPAN) == 0)
-        store_rows(dk, b, h, t, (own_ds * factor)[:, None] * q_tile.to(tl.float32), mine, DH, BD)
-        store_rows(dv, b, h, t, own_prob[:, None] * dy_tile.to(tl.float32), mine, DH, BD)
+    if RING == 0:
+        mine = live & (is_lasting(t, RULE) == 0)
+        store_rows(dk, b, h, t, (own_ds * factor)[:, None] * q_tile.to(tl.float32), mine)
+        store_rows(dv, b, h, t, own_prob[:, None] * dy_tile.to(tl.float32), mine)
     acc = own_ds[:, None] * own_k
-    n = count_lasting(tl.maximum(end - 1 - SPAN.reach, 0), SPAN)
+    n = count_lasting(tl.maximum(near_from(end - 1, RULE), 0), RULE)
     for j0 in tl.range(0, n, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
-        p = lasting(j, n, SPAN)
-        k_tile = load_rows(k, b, h, p, j < n, DH, BD)
-        v_tile = load_rows(v, b, h, p, j < n, DH, BD)
-        sees = p[None, :] < t[:, None] - SPAN.reach
+        p = lasting(j, n, RULE)
+        k_tile = load_rows(k, b, h, p, j < n)
+        v_tile = load_rows(v, b, h, p, j < n)
+        sees = p[None, :] < near_from(t, RULE)[:, None]
         acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
-    if SPAN.reach > 0:
-        near = tl.maximum(t0 - SPAN.reach, 0)
+    if RING > 0:
+        near = tl.maximum(near_from(start + i0, RULE), 0)
         for p0 in tl.range(near, end, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
-            k_tile = load_rows(k, b, h, p, p < T, DH, BD)
-            v_tile = load_rows(v, b, h, p, p < T, DH, BD)
-            sees = sees_near(t[:, None], p[None, :], 0, SPAN)
+            k_tile = load_rows(k, b, h, p, p < end)
+            v_tile = load_rows(v, b, h, p, p < end)
+            sees = sees_near(t[:, None], p[None, :], 0, RULE)
             acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
-    store_rows(dq, b, h, t, acc * factor, live, DH, BD)
+    store_rows(dq, b, h, i, acc * factor, live)
 
 
 @jit
@@ -1027,13 +883,13 @@ def add_dkv(k, v, q, dy, sees, lse, delta, scale, dk, dv):
 
 @jit
 def attention_backward_kv_kernel(
-        q, k, v, dy, dk, dv, part, lse, delta,
-        H, T, scale, factor, n, tiles, splits,
-        LASTING: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr,
-        BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """dk and dv of a tile of the n lasting keys (LASTING), or of the others among n = T, from one
-    of `splits` shares of the queries that see it. SPLIT: to part, Rows of (2, splits * B * H, n,
-    Dh) float32, instead of dk, dv.
+        q, k, v, dy, dk, dv, lse, delta,
+        H, T, start, scale, factor, n, tiles, splits,
+        LASTING: constexpr, SPLIT: constexpr, RULE: constexpr,
+        BM: constexpr, BN: constexpr, STAGES: constexpr):
+    """dk and dv of a tile of the n lasting keys (LASTING), or of the others among n positions, from
+    one of `splits` shares of the queries that see it. SPLIT: dk, dv are Rows of (1, splits * B * H,
+    n, Dh) float32, for these shares.
     """
     program = tl.program_id(0).to(tl.int64)
     tile = (program % tiles).to(tl.int32)
@@ -1042,40 +898,42 @@ def attention_backward_kv_kernel(
     b = bh // H
     h = bh % H
     j = tile * BN + tl.arange(0, BN)
+    end = start + T
     if LASTING:
-        p = lasting(j, n, SPAN)
+        p = lasting(j, n, RULE)
         live = j < n
-        end = T
     else:
         p = j
-        live = (j < n) & (is_lasting(j, SPAN) == 0)    # lasting rows are computed in vain
-        end = tl.minimum(tile * BN + BN + SPAN.reach, T)
-    first = tl.min(p)
-    k_tile = load_rows(k, b, h, p, live, DH, BD)                                        # (BN, BD)
-    v_tile = load_rows(v, b, h, p, live, DH, BD)
-    acc_k = tl.zeros((BN, BD), tl.float32)
-    acc_v = tl.zeros((BN, BD), tl.float32)
-    query_tiles = tl.cdiv(end - first, BM)
+        live = (j < n) & (is_lasting(j, RULE) == 0)    # lasting rows are computed in vain
+        end = tl.minimum(near_until(tile * BN + BN - 1, RULE) + 1, end)
+    first = tl.maximum(tl.min(p), start)
+    k_tile = load_rows(k, b, h, p, live)                                        # (BN, BD)
+    v_tile = load_rows(v, b, h, p, live)
+    acc_k = tl.zeros((BN, q.BD), tl.float32)
+    acc_v = tl.zeros((BN, q.BD), tl.float32)
+    query_tiles = tl.maximum(tl.cdiv(end - first, BM), 0)
+    lse += bh * T
+    delta += bh * T
     from_tile = (query_tiles * split // splits).to(tl.int32)
     to_tile = (query_tiles * (split + 1) // splits).to(tl.int32)
     for number in tl.range(from_tile, to_tile, num_stages=STAGES):
         t = first + number * BM + tl.arange(0, BM)                                      # (BM,)
-        q_tile = load_rows(q, b, h, t, t < end, DH, BD)
-        dy_tile = load_rows(dy, b, h, t, t < end, DH, BD)
-        lse_t, delta_t = load_sums(lse + bh * T, delta + bh * T, t, t < end)
+        i = t - start
+        q_tile = load_rows(q, b, h, i, t < end)
+        dy_tile = load_rows(dy, b, h, i, t < end)
+        lse_t, delta_t = load_sums(lse, delta, i, t < end)
         if LASTING:
             sees = p[:, None] <= t[None, :]
         else:
-            sees = sees_near(t[None, :], p[:, None], 1, SPAN)
+            sees = sees_near(t[None, :], p[:, None], 1, RULE)
         _, acc_k, acc_v = add_dkv(k_tile, v_tile, q_tile, dy_tile, sees, lse_t, delta_t, scale,
                                   acc_k, acc_v)
     if SPLIT:
-        place = split * (tl.num_programs(0) // tiles // splits) + bh
-        store_rows(part, 0, place, j, acc_k * factor, live, DH, BD)
-        store_rows(part, 1, place, j, acc_v, live, DH, BD)
-    else:
-        store_rows(dk, b, h, p, acc_k * factor, live, DH, BD)
-        store_rows(dv, b, h, p, acc_v, live, DH, BD)
+        b = 0
+        h = split * (tl.num_programs(0) // tiles // splits) + bh
+        p = j
+    store_rows(dk, b, h, p, acc_k * factor, live)
+    store_rows(dv, b, h, p, acc_v, live)
 
 
 # Tiles by the bytes of a key's row: the fastest on an H100, and within 99 KiB of shared memory.
@@ -1101,244 +959,220 @@ KV_TILES = {
 PROCESSORS = 132                                       # of an H100; for how finely to split queries
 
 
-def head_constants(tiles, q, span):
-    """The constants that the attention kernels share for q (B, H, T, Dh). ValueError for heads that
+def head_constants(tiles, q):
+    """The constants that kernels of attention share for q (B, H, T, Dh). ValueError for heads that
     are too wide.
     """
     Dh = q.shape[-1]
-    BD = max(16, triton.next_power_of_2(Dh))
-    row_bytes = max(128, BD * q.element_size())
+    row_bytes = max(128, padded(Dh) * q.element_size())
     if row_bytes > 1024:
         raise ValueError(f"attention: a head of {Dh} channels in {q.dtype} is too wide, "
                          "the limit is 1024 bytes")
-    return dict(SPAN=span, DH=Dh, BD=BD, **tiles[row_bytes])
+    return dict(tiles[row_bytes])
 
 
-def log2_scale(q):
-    return math.log2(math.e) / math.sqrt(q.shape[-1])
+def log2_scale(Dh):
+    return math.log2(math.e) / math.sqrt(Dh)
 
 
-def keys_of(k, v, end, span, constants, cache=None):
+def keys_of(k, v, end, rule, BN, cache):
     """near_k, near_v, grid_k, grid_v, sinks_k, sinks_v for the forward kernel; None for a kind that
-    the span has not. k and v end before position `end`. cache: a model.GroupCache that holds the
-    grid up to there and the sinks; else they are rows of k and v.
+    the rule has not. k and v end before position `end`. cache: a model.GroupCache that holds the
+    grid up to there and the sinks, or None; then they are rows of k and v.
     """
+    dilation = max(1, rule.dilation)
     near = k, v
-    dilation = max(1, span.dilation)
+    held = near
+    grid = slice(dilation - 1, None, dilation)
     if cache:
-        source = [packed_rows(x) for x in (cache.k, cache.v)]
-        first = cache.layout.before_grid
-        grid = [x[:, :, first:first + end // dilation] for x in source]
-    else:
-        source = near
-        grid = [x[:, :, dilation - 1::dilation] for x in near]
-    sinks = [x[:, :, :span.sinks] for x in source]
+        held = aligned(cache.k), aligned(cache.v)
+        first = rule.sinks + rule.ring
+        grid = slice(first, first + end // dilation)
+    kinds = [(near, slice(None), rule.ring), (held, grid, rule.dilation),
+             (held, slice(min(rule.sinks, end)), rule.sinks)]
     found = []
-    for kind, used in (near, span.reach), (grid, span.dilation), (sinks, span.sinks):
-        for x, stand_in in zip(kind, near):
-            rows_there = x if x.numel() else stand_in
-            tiles = tiles_of(rows_there, constants["BN"], constants["BD"]) if used else None
-            found.append(tiles)
+    for tensors, rows, size in kinds:
+        for x in tensors:
+            part = x[:, :, rows]
+            part = part if part.numel() else k         # not read, but a descriptor wants rows
+            found.append(tiles_of(part, BN) if size else None)
     return found
 
 
-def run_attention(q, k, v, span, start=0, cache=None):
-    """y (B, H, T, Dh) and lse (B, H, T) of queries from position `start` on; k and v end where q
-    does. cache: as in keys_of, for k and v that do not begin at position 0.
+def attend_forward(q, k, v, y, lse, rule, start=0, cache=None):
+    """Fill y (B, H, T, Dh) and lse (B, H, T) for queries from position `start` on; k and v end
+    where q does. cache: as in keys_of, for k and v that do not begin at position 0.
     """
-    span = span_of(*span)
-    y, lse = new_attention(q, k, v, span)
-    if y.numel() == 0:
-        return y, lse
-    q = packed_channels(q)
-    k, v = packed_rows(k), packed_rows(v)
-    B, H, T, _ = q.shape
-    constants = head_constants(FORWARD_TILES, q, span)
+    (q,) = packed(q)
+    k, v = aligned(k), aligned(v)
+    B, H, T, Dh = q.shape
+    constants = head_constants(FORWARD_TILES, q)
     end = start + T
     origin = end - k.shape[2]
+    keys = keys_of(k, v, end, rule, constants["BN"], cache)
     launch(attention_forward_kernel, triton.cdiv(T, constants["BM"]) * B * H, q,
-           *rows_of(q, k, v, y), *keys_of(k, v, end, span, constants, cache), lse,
-           H, T, start, origin, log2_scale(q), TMA=has_tma(q), **constants)
-    return y, lse
+           *rows_of(q, k, v, y), *keys, lse, lse.stride(2), H, T, start, origin, log2_scale(Dh),
+           TMA=has_tma(q), RULE=rule, RING=rule.ring, **constants)
 
 
-def new_attention(q, k, v, span):
-    return new_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("rat::attention", mutates_args=())
-def attention_operator(
-        q: Tensor, k_rec: Tensor, v_rec: Tensor, span: list[int]) -> tuple[Tensor, Tensor]:
-    return run_attention(q, k_rec, v_rec, span)
-
-
-@torch.library.custom_op("rat::attention_backward", mutates_args=())
-def attention_backward(
-        dy: Tensor, q: Tensor, k_rec: Tensor, v_rec: Tensor, y: Tensor, lse: Tensor, span: list[int]
-        ) -> list[Tensor]:
-    """dq, dk_rec, dv_rec (B, H, T, Dh)."""
-    span = span_of(*span)
-    dq, dk, dv = new_attention_gradients(dy, q, k_rec, v_rec)
-    q, k, v, dy = (packed_channels(x) for x in (q, k_rec, v_rec, dy))
-    delta = torch.empty_like(lse)
+def attend_backward(q, k, v, y, dy, lse, delta, dq, dk, dv, rule):
+    """Fill dq, dk, dv, and delta (B, H, T), for the pairs that equation (4) allows. q, y, dy: (B,
+    H, T, Dh), the last T of k's positions.
+    """
+    q, k, v, y, dy = packed(q, k, v, y, dy)
     B, H, T, Dh = q.shape
-    scales = log2_scale(q), 1 / math.sqrt(Dh)
-    alone = span.reach == 0
-    constants = head_constants(Q_TILES, q, span)
+    end = k.shape[2]
+    if T < end:                                        # there may be keys that no query sees
+        dk.zero_()
+        dv.zero_()
+    sizes = H, T, end - T, log2_scale(Dh), 1 / math.sqrt(Dh)
+    constants = head_constants(Q_TILES, q)
     launch(attention_backward_q_kernel, triton.cdiv(T, constants["BM"]) * B * H, q,
-           *rows_of(q, k, v, y, dy, dq, dk, dv), lse, delta, H, T, *scales,
-           ALONE=alone, **constants)
+           *rows_of(q, k, v, y, dy, dq, dk, dv), lse, delta, *sizes, RULE=rule, RING=rule.ring,
+           **constants)
+    constants = head_constants(KV_TILES, q)
 
-    def by_keys(constants, n, lasting, splits=1, part=None):
+    def by_keys(n, dk, dv, splits=1, **flags):
         """dk and dv of n keys: the lasting ones, or all others."""
         tiles = triton.cdiv(n, constants["BN"])
         launch(attention_backward_kv_kernel, tiles * splits * B * H, q,
-               *rows_of(q, k, v, dy, dk, dv), rows(dk if part is None else part), lse, delta,
-               H, T, *scales, n, tiles, splits,
-               LASTING=lasting, SPLIT=part is not None, **constants)
+               *rows_of(q, k, v, dy, dk, dv), lse, delta, *sizes, n, tiles, splits,
+               RULE=rule, **flags, **constants)
 
-    if not alone:
-        by_keys(head_constants(KV_TILES, q, span), T, lasting=False)
-    backward_lasting(by_keys, q, dk, dv, span)
-    return [dq, dk, dv]
-
-
-def new_attention_gradients(dy, q, k_rec, v_rec, *rest):
-    """Empty outputs of attention_backward."""
-    return [new_heads(x) for x in (q, k_rec, v_rec)]
-
-
-def backward_lasting(by_keys, q, dk, dv, span):
-    """dk and dv of the lasting keys, their queries split over as many programs as fill the GPU."""
-    B, H, T, Dh = q.shape
-    sinks, grid = count_lasting_host(T, span)
-    n = sinks + grid
+    if rule.ring:
+        by_keys(end, dk, dv, LASTING=False, SPLIT=False)
+    sinks = min(rule.sinks, end)
+    skipped = rule.sinks // rule.dilation if rule.dilation else 0      # of the grid, among sinks
+    n = sinks + (max(0, end // rule.dilation - skipped) if rule.dilation else 0)
     if n == 0:
         return
-    constants = head_constants(KV_TILES, q, span)
     constants["BN"] = min(constants["BN"], max(16, triton.next_power_of_2(n)))
     programs = max(1, triton.cdiv(n, constants["BN"]) * B * H)
-    splits = max(1, min(8 * PROCESSORS // programs, T // 512))
+    splits = max(1, min(8 * PROCESSORS // programs, T // 512))         # enough to fill the GPU
     if splits == 1:
-        by_keys(constants, n, lasting=True)
+        by_keys(n, dk, dv, LASTING=True, SPLIT=False)
         return
     part = q.new_empty(2, splits * B * H, n, Dh, dtype=torch.float32)
-    by_keys(constants, n, lasting=True, splits=splits, part=part)
+    by_keys(n, part[:1], part[1:], splits, LASTING=True, SPLIT=True)
     total = part.view(2, splits, B, H, n, Dh).sum(1)
     for gradient, found in zip((dk, dv), total):
         gradient[:, :, :sinks] = found[:, :, :sinks]
-        if grid:
-            first = (span.sinks // span.dilation + 1) * span.dilation - 1
-            gradient[:, :, first::span.dilation] = found[:, :, sinks:]
+        if n > sinks:
+            first = (skipped + 1) * rule.dilation - 1
+            gradient[:, :, first::rule.dilation] = found[:, :, sinks:]
+
+
+def attention_forward(
+        q: Tensor, k_rec: Tensor, v_rec: Tensor, rule: list[int]) -> tuple[Tensor, Tensor]:
+    """y (B, H, T, Dh), and lse (B, H, T) float32. rule: dilation, window, sinks."""
+    y = new_heads(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if not idle(q):
+        attend_forward(q, k_rec, v_rec, y, lse, Sizes(*rule), k_rec.shape[2] - q.shape[2])
+    return y, lse
+
+
+@operator
+def attention_backward(
+        dy: Tensor, q: Tensor, k_rec: Tensor, v_rec: Tensor, y: Tensor, lse: Tensor, rule: list[int]
+        ) -> list[Tensor]:
+    """dq, dk_rec, dv_rec (B, H, T, Dh)."""
+    grads = [new_heads(x) for x in (q, k_rec, v_rec)]
+    if not idle(q):
+        delta = torch.empty_like(lse)
+        attend_backward(q, k_rec, v_rec, y, dy, lse, delta, *grads, Sizes(*rule))
+    return grads
 
 
 def keep_attention(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output)
-    ctx.span = inputs[3]
+    ctx.rule = inputs[3]
 
 
 def attention_gradient(ctx, dy, dlse):
-    return *attention_backward(dy, *ctx.saved_tensors, ctx.span), None
+    return *attention_backward(dy, *ctx.saved_tensors, ctx.rule), None
 
 
-attention_operator.register_fake(new_attention)
+attention_operator = operator(attention_forward)
 attention_operator.register_autograd(attention_gradient, setup_context=keep_attention)
-attention_backward.register_fake(new_attention_gradients)
-
-
-def in_autocast_dtype(*tensors):
-    """The tensors in autocast's dtype, where it is on: as PyTorch's own attention does."""
-    kind = tensors[0].device.type
-    if torch.is_autocast_enabled(kind):
-        return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
-    return tensors
 
 
 def attention(q, k_rec, v_rec, dilation, window, sinks):
-    """Equation (3) by the kernel: model.attention, with the same arguments and result.
-
-    q, k_rec, v_rec: (B, H, T, Dh), one dtype, any strides. ValueError for what does not match, and
-    for too wide heads.
+    """Equation (3) by the kernel: model.attend. q: (B, H, T, Dh), k_rec, v_rec: (B, H, n, Dh), any
+    strides. ValueError for too wide heads.
     """
-    q, k_rec, v_rec = in_autocast_dtype(q, k_rec, v_rec)
-    require_alike("attention", q=q, k_rec=k_rec, v_rec=v_rec)
-    require(q.dim() == 4 and q.dtype == k_rec.dtype == v_rec.dtype,
-            "attention: q, k_rec, v_rec are (B, H, T, Dh) of one dtype, got {}, {}, {}",
-            q.dtype, k_rec.dtype, v_rec.dtype)
-    span = span_within(q.shape[2], dilation, window, sinks)
-    run = attention_operator if recorded(q, k_rec, v_rec) else run_attention
-    return run(q, k_rec, v_rec, span)[0]
+    run = attention_forward if unrecorded(q, k_rec, v_rec) else attention_operator
+    return run(q, k_rec, v_rec, [dilation, window, sinks])[0]
 
 
-def attention_chunk(q, k_local, v_local, cache, start):
+def attention_chunk(q, k_near, v_near, cache, start):
     """Equation (3) for a chunk of T tokens that continues a sequence at position `start`: (B, h, T,
     Dh).
 
-    q: (B, h, T, Dh). k_local, v_local: (B, h, L, Dh), the last L = min(reach, start) + T
-    positions. cache: model.GroupCache, in whose sinks and grid the chunk is stored already. A
-    lasting key beyond reach is read from there, every other from k_local.
+    q: (B, h, T, Dh). k_near, v_near: (B, h, L, Dh), the positions that are near to the first query,
+    then the chunk's. cache: model.GroupCache, in which the chunk is stored already. A lasting key
+    before the window is read from there, every other from k_near.
     """
-    y, _ = run_attention(q, k_local, v_local, cache.layout.span, start, cache)
+    y = new_heads(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if not idle(q):
+        attend_forward(q, k_near, v_near, y, lse, Sizes(*cache.kept.sizes), start, cache)
     return y
 
 
 # ---------------------------------------------------------------------------------------------
 # Decoding: one token of each sequence, all that lies between in_proj and out_proj
 #
-# What is slow: a dozen small operations, each a launch, and a mask over slots. Here it is one
+# What is slow: a dozen small operations, each a launch, and a mask over rows. Here it is one
 # launch per head group. A head has `splits` programs. Each loads the token, which is one head wide,
-# and attends over its share of the slots, which is nearly all the bytes. The last of them to get
-# there does the rest: it joins the shares, adds the token as one more key, and stores. If a head
-# has one program, there are no shares to join. For B sequences of h heads and n slots in use, in
-# bf16:
+# and attends over its share of the keys, which is nearly all the bytes. The last of them to get
+# there does the rest: it joins the shares, adds the token as one more key, and stores. For B
+# sequences of h heads and n keys, in bf16:
 #
 #   all         read 4 B h n Dh bytes, and 18 B h splits Dh of in_proj's output and the state;
 #               write their shares, 4 B h splits (Dh + 2), if a head has several programs
-#   the last    read the shares; write 8 B h Dh of state, 4 of a key and a value, 2 of y
+#   the last    read the shares; write 8 B h Dh of state, 2 of y, and 4 of a key and a value in each
+#               buffer that the position goes to
 #
-# H100, 3.0 TB/s, width 2048 in bf16, one layer: 128 sequences at T 4096 hold n = 4096 (D1), 256
-# (D16), 64 (D64) or 516 (D16W256S4) slots = 4.29, 0.27, 0.07, 0.54 GB, hence 1.43, 0.09, 0.02, 0.18
-# ms; in_proj and out_proj add 50 MB, 0.02 ms.
+# H100, 3.0 TB/s, width 2048, one layer: 128 sequences at T 4096 have n = 4096 (D1), 256 (D16), 64
+# (D64) or 500 (D16W256S4) keys, hence 1.43, 0.09, 0.02, 0.17 ms; in_proj and out_proj add 0.02 ms.
 #
 # The number of tokens seen, `seen`, is read on the device. So a CUDA graph recorded once serves
 # every position.
 #
-# A key is used once, by one query: two multiply-adds per channel read. That is far too little for
-# tensor cores to matter, so the arithmetic is float32 on the ordinary cores. What matters is that
-# loads are always under way. So each of the BN rows of a tile has its own running softmax (m, l,
-# acc), and the loop's sums need no barrier, as a row of up to 256 channels lies in one warp. Rows,
-# then shares, meet once at the end. (The usual order, one maximum per tile, would meet in every
-# iteration.)
+# A key is used once, by one query: far too little for tensor cores to matter, so the arithmetic is
+# float32 on the ordinary cores. What matters is that loads are always under way. So each of the BN
+# rows of a tile has its own running softmax (m, l, acc), and the loop's sums need no barrier, as a
+# row of up to 256 channels lies in one warp. Rows, then shares, meet once at the end.
 #
-#   row r, slots r, r + BN, ...:      s = q . k~_p log2(e) / sqrt(Dh)     m' = max(m, s)
+#   row r, keys r, r + BN, ...:       s = q . k~_p log2(e) / sqrt(Dh)     m' = max(m, s)
 #                                     l' = l 2^(m - m') + 2^(s - m')
 #                                     acc' = acc 2^(m - m') + 2^(s - m') v~_p
 #   meeting:                          M = max m,  y = sum 2^(m - M) acc / sum 2^(m - M) l
 #
-# q and k~ are those after RoPE.
+# Top-k blocks take two launches a head group. The first chooses blocks:
 #
-# Limits: B h < 2^31, positions < 2^30; any even Dh, padded to a power of 2 in registers only.
-
+#   choose    grid (B h,)           reads the summaries, writes K ints, a score for each block, and
+#                                   now and then a summary
+#   attend    grid (B h, splits)    as above, over the keys of the chosen blocks, then over those
+#                                   that equation (4) allows
+#
+# With top-k blocks the cache holds every position in its place. A summary is written at the first
+# step after its block is full, which is the first that scores it. T 16384, N 64, K 16, bf16: 64 KB
+# of summaries and 512 KB of keys and values a head, of 8 MB. choose keeps the scores in memory
+# between its two halves, as it is compiled for the longest sequence but scores only the blocks so
+# far.
+#
+# Limits: B h < 2^31, positions < 2^30, 2^16 blocks or so; any even Dh, padded in registers only.
 
 @jit
-def load_channels(x, b, h, d, DH: tl.constexpr):
-    """Channels d of head h of sequence b, float32. x: Rows of (B, H, 1, Dh)."""
-    return load_float(head(x, b, h) + d, d < DH, 0.0)
-
-
-@jit
-def store_channels(x, b, h, d, values, DH: tl.constexpr):
-    tl.store(head(x, b, h) + d, values.to(x.ptr.dtype.element_ty), mask=d < DH)
-
-
-@jit
-def partner(d, DH: tl.constexpr):
+def partner(d, DH: constexpr):
     """The channel that RoPE turns together with channel d."""
     return tl.where(d < DH // 2, d + DH // 2, d - DH // 2)
 
 
 @jit
-def load_turn(cos, sin, d, DH: tl.constexpr):
+def load_turn(cos, sin, d, DH: constexpr):
     """What RoPE multiplies channel d and its partner by. cos, sin: (Dh / 2,) float32."""
     first_half = d < DH // 2
     i = tl.where(first_half, d, d - DH // 2)
@@ -1348,56 +1182,87 @@ def load_turn(cos, sin, d, DH: tl.constexpr):
 
 
 @jit
-def load_query(q, b, h, cos_d, sin_d, d, scale, DH: tl.constexpr):
-    """The query after RoPE, times scale: (BD,). cos_d, sin_d: of load_turn."""
-    x = load_channels(q, b, h, d, DH)
-    x_partner = load_channels(q, b, h, partner(d, DH), DH)
-    return (x * cos_d + x_partner * sin_d) * scale
-
-
-@jit
-def recur(x, g, state, b, h, d, DH: tl.constexpr):
+def recur(x, g, state, d, DH: constexpr):
     """Equation (2) for channels d of one token."""
-    a, rest = decay(load_channels(g, b, h, d, DH))
-    return a * load_channels(state, b, h, d, DH) + rest * load_channels(x, b, h, d, DH)
+    a, rest = decay(load_float(g + d, d < DH, 0.0))
+    before = load_float(state + d, d < DH, 0.0)
+    return a * before + rest * load_float(x + d, d < DH, 0.0)
 
 
 @jit
-def this_token(q, cos, sin, seen, H, scale, EARLY: tl.constexpr, DH: tl.constexpr,
-               BD: tl.constexpr):
-    """What every program begins with: bh, b, h, the token's position t, d (BD,), cos_d and sin_d,
-    and the query. EARLY: the kernel before this one may still run, so it is waited for.
+def this_token(q, cos, sin, seen, H, first, stride_b, scale, EARLY: constexpr, DH: constexpr,
+               BD: constexpr):
+    """What every program begins with: bh, b; `channel`, the first one of the head within C; `at`,
+    the same in memory, with the sequence's offset; the token's position t; d (BD,); cos_d, sin_d;
+    and the query after RoPE, times scale. EARLY: the kernel before this one may still run, so it is
+    waited for.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()          # the next kernel may start, and wait
     bh = tl.program_id(0).to(tl.int64)
     b = bh // H
-    h = bh % H
+    channel = (first + bh % H) * DH
+    at = b * stride_b + channel
     t = tl.load(seen).to(tl.int32)
     d = tl.arange(0, BD)
     cos_d, sin_d = load_turn(cos, sin, d, DH)
-    return bh, b, h, t, d, cos_d, sin_d, load_query(q, b, h, cos_d, sin_d, d, scale, DH)
+    x = load_float(q + at + d, d < DH, 0.0)
+    x_partner = load_float(q + at + partner(d, DH), d < DH, 0.0)
+    return bh, b, channel, at, t, d, cos_d, sin_d, (x * cos_d + x_partner * sin_d) * scale
 
 
 @jit
-def new_token(
-        o, k, v, g, k_state, v_state, cos_d, sin_d, b, h, d,
-        RECURRENCE: tl.constexpr, DH: tl.constexpr):
+def new_token(o, k, v, g, state_k, state_v, cos_d, sin_d, d, RECURRENCE: constexpr,
+              DH: constexpr):
     """What the last program of a head needs besides q: the gate, k~, v~, and k~ after RoPE, each
     (BD,). All programs load it first, so that it is there when the last one needs it.
     """
-    gate = tl.sigmoid(load_channels(o, b, h, d, DH))
+    gate = tl.sigmoid(load_float(o + d, d < DH, 0.0))
     other = partner(d, DH)
     if RECURRENCE:                                                                      # (2)
-        k_rec = recur(k, g, k_state, b, h, d, DH)
-        v_rec = recur(v, g, v_state, b, h, d, DH)
-        k_other = recur(k, g, k_state, b, h, other, DH)
+        k_rec = recur(k, g, state_k, d, DH)
+        v_rec = recur(v, g, state_v, d, DH)
+        k_other = recur(k, g, state_k, other, DH)
     else:
-        k_rec = load_channels(k, b, h, d, DH)
-        v_rec = load_channels(v, b, h, d, DH)
-        k_other = load_channels(k, b, h, other, DH)
+        k_rec = load_float(k + d, d < DH, 0.0)
+        v_rec = load_float(v + d, d < DH, 0.0)
+        k_other = load_float(k + other, d < DH, 0.0)
     return gate, k_rec, v_rec, k_rec * cos_d + k_other * sin_d
+
+
+@jit
+def count_keys(t, RULE: constexpr):
+    """How many keys `key_at` numbers for a query at t."""
+    far = tl.maximum(near_from(t, RULE), 0)
+    n = tl.minimum(RULE.sinks, far) + t - far
+    if RULE.dilation > 0:
+        n += far // RULE.dilation
+    return n
+
+
+@jit
+def key_at(j, t, RULE: constexpr, RING: constexpr, IN_PLACE: constexpr):
+    """The row in the cache of the j-th key that equation (4) allows a query at t, besides its own:
+    first sinks, then the window, then the grid, so three prefixes of the cache's three buffers. Or
+    with IN_PLACE, in a cache of every position, its position. -1: a sink on the grid, which comes
+    later.
+    """
+    far = tl.maximum(near_from(t, RULE), 0)
+    sinks = tl.minimum(RULE.sinks, far)
+    near = sinks + t - far                             # the end of the window's
+    at = j
+    if RING > 0 or IN_PLACE:
+        at = tl.where(j < sinks, j, j - sinks + (far if IN_PLACE else RULE.sinks))
+    if RULE.dilation > 0:
+        if IN_PLACE:
+            on_grid = (j - near + 1) * RULE.dilation - 1
+        else:
+            on_grid = RULE.sinks + RING + j - near
+        at = tl.where(j < near, at, on_grid)
+        if RULE.sinks > 0:
+            at = tl.where((j < sinks) & ((j + 1) % RULE.dilation == 0), -1, at)
+    return at
 
 
 @jit
@@ -1406,13 +1271,6 @@ def share_of(tiles):
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     return tiles * split // splits, tiles * (split + 1) // splits
-
-
-@jit
-def no_rows(BN: tl.constexpr, BD: tl.constexpr):
-    """acc, l, m before the first tile."""
-    acc = tl.zeros((BN, BD), tl.float32)
-    return acc, tl.zeros((BN,), tl.float32), tl.full((BN,), LOWEST, tl.float32)
 
 
 @jit
@@ -1436,21 +1294,90 @@ def join(acc, l, m):
 
 @jit
 def is_last(arrived, n):
-    """Is this the last of n programs to get here? It then sees what the others have stored."""
+    """Is this the last of n programs to get here? It then sees what the others have stored, and
+    sets the counter back to 0.
+    """
     tl.debug_barrier()                                 # all threads of this program have stored
     before = tl.atomic_add(arrived, 1, sem="acq_rel")
     if before == n - 1:
-        tl.store(arrived, 0)                           # for the next launch
+        tl.store(arrived, 0)
     return before == n - 1
 
 
 @jit
-def finish_share(
-        y, k_state, v_state, k_cache, v_cache, partial, arrived,
-        acc, l, m, q_row, new, d, bh, b, h, t,
-        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr, BS: tl.constexpr):
-    """Store this program's share. The last program of a head, or its only one, finishes the token.
+def load_shares(partial, splits, d, DH: constexpr, BS: constexpr):
+    """acc (BS, BD), l and m (BS,): what the programs of a head have found."""
+    split = tl.arange(0, BS)
+    partial += split * (DH + 2)                                                         # (BS,)
+    there = split < splits
+    m = tl.load(partial + DH, mask=there, other=LOWEST, cache_modifier=".cg")
+    l = tl.load(partial + DH + 1, mask=there, other=0.0, cache_modifier=".cg")
+    at = partial[:, None] + d[None, :]
+    there = there[:, None] & (d < DH)[None, :]
+    acc = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+    return acc, l, m
+
+
+@jit
+def store_token(k_cache, v_cache, k, v, row, d, DH: constexpr):
+    at = row.to(tl.int64) * DH + d
+    tl.store(k_cache + at, k.to(k_cache.dtype.element_ty), mask=d < DH)
+    tl.store(v_cache + at, v.to(v_cache.dtype.element_ty), mask=d < DH)
+
+
+@jit
+def decode_kernel(
+        y, o, q, k, v, g, state, cos, sin, k_cache, v_cache, seen, partial, arrived, chosen,
+        B, C, H, first, stride_b, rows, scale,
+        RECURRENCE: constexpr, RULE: constexpr, KEPT: constexpr, RING: constexpr, EARLY: constexpr,
+        DH: constexpr, BD: constexpr, BS: constexpr, BN: constexpr,
+        STAGES: constexpr):
+    """Program (bh, split): attention of the token over its share of the keys. The last program of a
+    head finishes the token.
+
+    o, q, k, v, g: (B, C), stride_b from sequence to sequence; y (B, C); state (2, B, C); the heads
+    of this group are H from `first` on. k_cache, v_cache (B, H, rows, Dh). partial (B * H, splits,
+    Dh + 2) float32: acc, m, l. arrived (B * H,) int32: zeros, before and after. chosen (B * H, K)
+    int32: top-k blocks. RULE: of the keys to read; KEPT: of those to store; RING: rows of the ring.
+    A row that is not to be read is not loaded.
     """
+    bh, b, channel, at, t, d, cos_d, sin_d, q_row = this_token(
+        q, cos, sin, seen, H, first, stride_b, scale, EARLY, DH, BD)
+    row_y = b * C + channel
+    row_k = row_y                                      # in the state
+    row_v = B * C + row_k
+    gate, k_rec, v_rec, k_turned = new_token(
+        o + at, k + at, v + at, g + at, state + row_k, state + row_v, cos_d, sin_d, d,
+        RECURRENCE, DH)
+    k_cache += bh * rows * DH
+    v_cache += bh * rows * DH
+    n = count_keys(t, RULE)
+    tiles = tl.cdiv(n, BN)
+    block_tiles = 0
+    if RULE.topk > 0:                                  # the chosen blocks come first
+        chosen += bh * RULE.topk
+        in_blocks = tl.minimum(t // RULE.block + 1, RULE.topk) * RULE.block
+        block_tiles = tl.cdiv(in_blocks, BN)
+    acc = tl.zeros((BN, BD), tl.float32)
+    l = tl.zeros((BN,), tl.float32)
+    m = tl.full((BN,), LOWEST, tl.float32)
+    begin, end = share_of(block_tiles + tiles)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        j = (tile - block_tiles) * BN + tl.arange(0, BN)
+        row = key_at(j, t, RULE, RING, RULE.topk > 0)
+        here = (j < n) & (row >= 0)
+        if RULE.topk > 0:
+            i = tile * BN + tl.arange(0, BN)
+            block = tl.load(chosen + i // RULE.block, mask=i < in_blocks, other=0)
+            p = block * RULE.block + i % RULE.block
+            new = (i < in_blocks) & (p < near_from(t, RULE)) & (is_lasting(p, RULE) == 0)
+            row = tl.where(tile < block_tiles, p, row)
+            here = tl.where(tile < block_tiles, new, here)
+        mask = here[:, None] if DH == BD else here[:, None] & (d < DH)[None, :]
+        place = row.to(tl.int64)[:, None] * DH + d[None, :]
+        k_tile = tl.load(k_cache + place, mask=mask, other=0)                           # (BN, BD)
+        v_tile = tl.load(v_cache + place, mask=mask, other=0)
+        acc, l, m = add_rows(q_row, k_tile, v_tile, here, acc, l, m)
     acc, l, m = join(acc, l, m)
     finishes = True
     if BS > 1:
@@ -1464,162 +1391,190 @@ def finish_share(
     if finishes:
         if BS > 1:
             acc, l, m = join(*load_shares(partial, splits, d, DH, BS))
-        finish_token(y, k_state, v_state, k_cache, v_cache, acc, l, m, q_row, new, d, b, h, t,
-                     RECURRENCE, SPAN, DH)
+        own_score = tl.sum(q_row * k_turned, axis=0)
+        top = tl.maximum(m, own_score)
+        fade = tl.exp2(m - top)
+        own = tl.exp2(own_score - top)
+        attended = (fade * acc + own * v_rec) / (fade * l + own)                        # (3)
+        tl.store(y + row_y + d, (gate * attended).to(y.dtype.element_ty), mask=d < DH)  # (5)
+        # State and token are stored last, when all programs of the head have read the state, and
+        # the token's row in the ring, which held position t - window until now.
+        tl.debug_barrier()
+        if RECURRENCE:
+            tl.store(state + row_k + d, k_rec, mask=d < DH)
+            tl.store(state + row_v + d, v_rec, mask=d < DH)
+        if t < KEPT.sinks:
+            store_token(k_cache, v_cache, k_turned, v_rec, t, d, DH)
+        if RING > 0:
+            row = KEPT.sinks + t % RING
+            store_token(k_cache, v_cache, k_turned, v_rec, row, d, DH)
+        if KEPT.dilation > 0:
+            if (t + 1) % KEPT.dilation == 0:
+                row = KEPT.sinks + RING + t // KEPT.dilation
+                store_token(k_cache, v_cache, k_turned, v_rec, row, d, DH)
 
 
 @jit
-def load_shares(partial, splits, d, DH: tl.constexpr, BS: tl.constexpr):
-    """acc (BS, BD), l and m (BS,): what the programs of a head have found."""
-    split = tl.arange(0, BS)
-    partial += split * (DH + 2)                                                         # (BS,)
-    m = tl.load(partial + DH, mask=split < splits, other=LOWEST, cache_modifier=".cg")
-    l = tl.load(partial + DH + 1, mask=split < splits, other=0.0, cache_modifier=".cg")
-    some = (split < splits)[:, None] & (d < DH)[None, :]
-    at = partial[:, None] + d[None, :]
-    return tl.load(at, mask=some, other=0.0, cache_modifier=".cg"), l, m
+def write_summary(summaries, k_cache, block, d, RULE: constexpr, BR: constexpr,
+                  DH: constexpr, BD: constexpr):
+    """The summary of a full block, from its keys in tiles of BR; see model.block_summaries."""
+    r = tl.arange(0, BR)
+    least = tl.full((BD,), float("inf"), tl.float32)
+    most = -least
+    total = tl.zeros((BD,), tl.float32)
+    for r0 in range(0, RULE.block, BR):
+        here = (r0 + r < RULE.block)[:, None] & (d < DH)[None, :]
+        place = (block * RULE.block + r0 + r).to(tl.int64)[:, None] * DH + d[None, :]
+        keys = load_float(k_cache + place, here, 0)                                     # (BR, BD)
+        if RULE.score == "last":
+            keys = tl.where((r0 + r == RULE.block - 1)[:, None], keys, 0)
+        total += tl.sum(keys, 0)
+        least = tl.minimum(least, tl.min(tl.where(here, keys, float("inf")), 0))
+        most = tl.maximum(most, tl.max(tl.where(here, keys, -float("inf")), 0))
+    kind = summaries.dtype.element_ty
+    if RULE.score == "minmax":
+        summaries += block.to(tl.int64) * 2 * DH
+        tl.store(summaries + d, most.to(kind), mask=d < DH)
+        tl.store(summaries + DH + d, least.to(kind), mask=d < DH)
+    else:
+        if RULE.score == "mean":
+            total /= RULE.block
+        tl.store(summaries + block.to(tl.int64) * DH + d, total.to(kind), mask=d < DH)
 
 
 @jit
-def finish_token(
-        y, k_state, v_state, k_cache, v_cache, acc, l, m, q_row, new, d, b, h, t,
-        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr):
-    """The token itself in the softmax, the gate, the store.
+def in_order(x):
+    """The bits of a float32 as an int32 of the same order, and back."""
+    return x ^ ((x >> 31) & 0x7fffffff)
 
-    The token is stored last: its ring slot held position t - reach, which the query had to see.
+
+@jit
+def decode_choose_kernel(
+        q, cos, sin, k_cache, summaries, seen, scores, chosen,
+        H, first, stride_b, rows,
+        RULE: constexpr, EARLY: constexpr, DH: constexpr, BD: constexpr,
+        BN: constexpr, BS: constexpr, BK: constexpr, BR: constexpr,
+        STAGES: constexpr):
+    """Program (bh): chosen (B * H, K) int32, the own block, then the best of the earlier ones, as
+    many as there are. summaries (B, H, n, Dh or 2 Dh); scores (B * H, n) float32: scratch. The
+    query is rounded, as in a whole sequence.
     """
-    gate, k_rec, v_rec, k_turned = new
-    tl.debug_barrier()                                 # all threads have read state and slots
-    if RECURRENCE:
-        store_channels(k_state, b, h, d, k_rec, DH)
-        store_channels(v_state, b, h, d, v_rec, DH)
-    own_score = tl.sum(q_row * k_turned, axis=0)
-    top = tl.maximum(m, own_score)
-    fade = tl.exp2(m - top)
-    own = tl.exp2(own_score - top)
-    attended = (fade * acc + own * v_rec) / (fade * l + own)                            # (3)
-    store_channels(y, b, h, d, gate * attended, DH)                                     # (5)
-    if allowed(t + 1, t, SPAN):  # the next query may need it
-        slot = slot_of(t, SPAN).to(tl.int64)
-        k_slot = head(k_cache, b, h) + slot * k_cache.t + d
-        v_slot = head(v_cache, b, h) + slot * v_cache.t + d
-        tl.store(k_slot, k_turned.to(k_cache.ptr.dtype.element_ty), mask=d < DH)
-        tl.store(v_slot, v_rec.to(v_cache.ptr.dtype.element_ty), mask=d < DH)
+    bh, _, _, _, t, d, _, _, q_row = this_token(
+        q, cos, sin, seen, H, first, stride_b, 1.0, EARLY, DH, BD)
+    n = rows // RULE.block
+    width = 2 * DH if RULE.score == "minmax" else DH
+    k_cache += bh * rows * DH
+    summaries += bh * n * width
+    scores += bh * n
+    chosen += bh * RULE.topk
+    own = t // RULE.block
+    if (t % RULE.block == 0) & (own > 0):
+        write_summary(summaries, k_cache, own - 1, d, RULE, BR, DH, BD)
+        tl.debug_barrier()                             # other threads read it
+    q_row = q_row.to(q.dtype.element_ty).to(tl.float32)
+    for b0 in tl.range(0, own, BN, num_stages=STAGES):
+        block = b0 + tl.arange(0, BN)
+        mask = (block < own)[:, None] & (d < DH)[None, :]
+        place = block[:, None] * width + d[None, :]
+        summary = tl.load(summaries + place, mask=mask, other=0)                        # (BN, BD)
+        if RULE.score == "minmax":
+            least = tl.load(summaries + DH + place, mask=mask, other=0)
+            summary = tl.where(q_row[None, :] > 0, summary, least)
+        s = tl.sum(q_row[None, :] * summary.to(tl.float32), 1)
+        tl.store(scores + block, s, mask=block < own)
+    tl.debug_barrier()                                 # other threads read them
+    block = tl.arange(0, BS)
+    s = tl.load(scores + block, mask=block < own, other=-float("inf"))                  # (BS,)
+    s = tl.where(block < own, tl.maximum(s, LOWEST), s)                # NaN: the least score
+    s = tl.where(s == 0, 0.0, s)                       # -0 is no less than +0
+    order = in_order(s.to(tl.int32, bitcast=True))
+    order = order.to(tl.int64) << 31
+    best = tl.topk(order + (0x7fffffff - block), BK)   # of equal scores the lower index
+    j = tl.arange(0, BK)
+    tl.store(chosen, own)
+    best = 0x7fffffff - (best & 0x7fffffff).to(tl.int32)                                # (BK,)
+    others = tl.minimum(own, RULE.topk - 1)
+    tl.store(chosen + 1 + j, best, mask=j < others)
 
 
-@jit
-def decode_kernel(
-        y, o, q, k, v, g, k_state, v_state,
-        cos, sin, k_cache, v_cache, seen, partial, arrived,
-        H, scale,
-        RECURRENCE: tl.constexpr, SPAN: tl.constexpr, EARLY: tl.constexpr, DH: tl.constexpr,
-        BD: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """Program (bh, split): attention of the token over its share of the slots in use. The last
-    program of a head finishes the token.
-
-    partial (B * H, splits, Dh + 2) float32: acc, m, l. arrived (B * H,) int32: zeros, before and
-    after. Slots that hold no allowed position are not loaded.
-    """
-    bh, b, h, t, d, cos_d, sin_d, q_row = this_token(q, cos, sin, seen, H, scale, EARLY, DH, BD)
-    new = new_token(o, k, v, g, k_state, v_state, cos_d, sin_d, b, h, d, RECURRENCE, DH)
-    in_use = slots_in_use(t, SPAN)
-    acc, l, m = no_rows(BN, BD)
-    first, end = share_of(tl.cdiv(in_use, BN))
-    for tile in tl.range(first, end, num_stages=STAGES):
-        n = tile * BN + tl.arange(0, BN)
-        slot = slot_in_use(n, t, SPAN)
-        here = n < in_use
-        if SPAN.sinks + SPAN.reach > 0:                # else all of them are on the grid
-            here = here & allowed(t, position_in(slot, t, SPAN), SPAN)
-        k_tile = load_rows(k_cache, b, h, slot, here, DH, BD)                           # (BN, BD)
-        v_tile = load_rows(v_cache, b, h, slot, here, DH, BD)
-        acc, l, m = add_rows(q_row, k_tile, v_tile, here, acc, l, m)
-    finish_share(y, k_state, v_state, k_cache, v_cache, partial, arrived, acc, l, m, q_row, new,
-                 d, bh, b, h, t, RECURRENCE, SPAN, DH, BS)
-
-
-def token_rows(x):
-    """x (B, h, Dh) as Rows of (B, h, 1, Dh)."""
-    return rows(x[:, :, None])
-
-
-def split_count(programs, slots, BN, device):
-    """How many programs share the slots of a head, at most 32. They are to be about four on each
+def split_count(programs, keys, BN, device):
+    """How many programs share the keys of a head, at most 32. They are to be about four on each
     processor of the GPU, with at least two tiles for each once the cache is full.
     """
     if device.type != "cuda":
         return 1
     units = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(32, slots // (2 * BN), 4 * units // max(1, programs)))
-
-
-def require_token(token, cache):
-    """ValueError unless the parts of a token fit each other and the cache."""
-    require_alike("decode", **{name: x for name, x in zip("oqkvg", token) if x is not None})
-    q = token[1]
-    B, h, _, Dh = cache.k.shape
-    same = q.dtype == cache.k.dtype and q.device == cache.k.device
-    require(same and q.shape == (B, h, Dh),
-            "decode: the token is {} {} on {}, the cache wants {} {} on {}",
-            tuple(q.shape), q.dtype, q.device, (B, h, Dh), cache.k.dtype, cache.k.device)
-    require(all(x.stride(-1) == 1 for x in token if x is not None),
-            "decode: the channels of a head must be neighbours in memory")
+    return max(1, min(32, keys // (2 * BN), 4 * units // max(1, programs)))
 
 
 def early_start(x):
     """Arguments by which a decoding kernel may start while the one before it ends (programmatic
-    dependent launch), on GPUs that can.
+    dependent launch), on GPUs that can: Hopper and later.
     """
     return dict(EARLY=True, launch_pdl=True) if since_hopper(x) else dict(EARLY=False)
 
 
-def launch_decode(kernel, token, cache, rope, seen, splits, *arguments, **constants):
-    """Run a kernel of one program per head and split on a token and a cache. Returns y (B, h, Dh).
-
-    arguments, constants: what this kernel takes besides those of decode_kernel.
-    """
-    o, q, k, v, g = token
-    B, h, Dh = q.shape
-    y = torch.empty_like(q, memory_format=torch.contiguous_format)
-    partial = q.new_empty(B * h, splits, Dh + 2, dtype=torch.float32)
-    gate, state = (k, (k, v)) if g is None else (g, cache.state)       # without g placeholders
-    parts = [token_rows(x) for x in (y, o, q, k, v, gate, *state)]
-    launch(kernel, (B * h, splits), q, *parts, *rope, *rows_of(cache.k, cache.v), seen, partial,
-           cache.arrived, h, log2_scale(q), *arguments,
-           RECURRENCE=g is not None, DH=Dh, BD=triton.next_power_of_2(Dh),
-           BS=triton.next_power_of_2(splits), **early_start(q), **constants)
-    return y
-
-
-def decode(token, cache, rope, seen, splits=None):
-    """Equations (2) to (5), but for out_proj, for one token and one head group:
-    model.GroupCache.step. Returns (B, h, Dh).
-
-    token: o, q, k, v, g, each (B, h, Dh), channels packed, any other strides; g None without
-    recurrence. cache: model.GroupCache with k, v (B, h, slots, Dh), state (2, B, h, Dh) float32,
-    layout and arrived. Its state is replaced by the token's, and the token is stored if the next
-    query may use it. rope: cos and sin (1, Dh/2) float32 of the token's position. seen: (1,) int64
-    on the device, that position. splits: how many programs share a head's slots; None: enough to
-    fill the GPU. ValueError for what does not match.
-    """
-    require_token(token, cache)
-    B, h, Dh = token[1].shape                          # of q
-    slots = cache.k.shape[2]
+def choose(q, rope, group, seen, first, rule):
+    """chosen (B * H, K) int32: the blocks of one token, for decode_kernel."""
+    B, H, rows, Dh = group.k.shape
+    chosen = torch.empty(B * H, rule.topk, dtype=torch.int32, device=q.device)
+    blocks = rows // rule.block
+    scores = torch.empty(B * H, blocks, dtype=torch.float32, device=q.device)
     BD = triton.next_power_of_2(Dh)
-    BN = max(2048 // BD, 16)                           # 16 keys of 128 channels
-    warps = BN * BD // 1024                            # 32 channels of a tile for each thread
-    splits = splits or split_count(B * h, slots, BN, cache.k.device)
-    return launch_decode(decode_kernel, token, cache, rope, seen, splits,
-                         SPAN=span_of(*cache.layout.span), BN=BN, STAGES=3, num_warps=warps,
-                         maxnreg=128)
+    tiles = dict(
+        BN=max(16, 8192 // max(128, BD)),
+        BS=max(16, triton.next_power_of_2(blocks)),
+        BK=max(2, triton.next_power_of_2(rule.topk)),
+        BR=min(64, triton.next_power_of_2(rule.block)),
+        STAGES=2, num_warps=4)
+    launch(decode_choose_kernel, B * H, q, q, *rope, group.k, group.summaries, seen, scores, chosen,
+           H, first, q.stride(0), rows, RULE=rule, DH=Dh, BD=BD, **early_start(q), **tiles)
+    return chosen
+
+
+@torch.compiler.disable
+def decode(o, q, k, v, g, rope, cache, splits=None):
+    """Equations (2) to (5), but for out_proj, for one token of each sequence: (B, 1, C).
+
+    o, q, k, v: (B, 1, C), and g, a list that holds one more, or none without recurrence. rope: cos
+    and sin (1, Dh/2) float32 of the token's position. cache: model.LayerCache, to which the token
+    is appended; cache.seen is its position. splits: how many programs share a head's keys; None:
+    enough to fill the GPU.
+    """
+    o, q, k, v, *g = same_strides(o, q, k, v, *g)
+    rope = [x.contiguous() for x in rope]
+    B, _, C = q.shape
+    y = torch.empty(B, 1, C, dtype=q.dtype, device=q.device)
+    first = 0                                          # head of the group
+    for group in cache.groups:
+        _, H, rows, Dh = group.k.shape
+        BD = triton.next_power_of_2(Dh)
+        BN = max(2048 // BD, 16)                       # 16 keys of 128 channels
+        tiles = dict(BN=BN, STAGES=3, num_warps=BN * BD // 1024, maxnreg=128)
+        rule = group.kept
+        keys = rows
+        chosen = group.arrived                         # a placeholder
+        if group.rule.topk:
+            block = min(group.rule.block, rows)
+            topk = min(group.rule.topk, triton.cdiv(rows, block))
+            rule = group.rule._replace(block=block, topk=topk)
+            tiles = dict(BN=max(16, 32 * 128 // max(128, BD)), STAGES=3, num_warps=4)
+            keys = topk * block + rule.ring + rule.sinks
+            keys += rows // rule.dilation if rule.dilation else 0
+            chosen = choose(q, rope, group, cache.seen, first, rule)
+        n = splits or split_count(B * H, keys, tiles["BN"], q.device)
+        partial = torch.empty(B * H, n, Dh + 2, dtype=torch.float32, device=q.device)
+        gate, state = (*g, cache.state) if g else (k, k)               # without g placeholders
+        launch(decode_kernel, (B * H, n), q, y, o, q, k, v, gate, state, *rope, group.k, group.v,
+               cache.seen, partial, group.arrived, chosen, B, C, H, first, q.stride(0), rows,
+               log2_scale(Dh), RECURRENCE=bool(g), RULE=rule, KEPT=group.kept, RING=group.kept.ring,
+               DH=Dh, BD=BD, BS=triton.next_power_of_2(n), **early_start(q), **tiles)
+        first += H
+    return y
 
 
 # ---------------------------------------------------------------------------------------------
 # Top-k blocks: the choice
-#
-# model.attention_topk defines it: a query scores each block before its own by a summary of the
-# block's keys, and attends to K blocks of N keys in full: its own, up to itself, and the K - 1
-# others of the best scores. In the same softmax it sees what equation (4) allows elsewhere.
 #
 # What is slow: each query and head chooses for itself, so a tile of queries shares few blocks.
 # The idea: the (query, block) pairs are sorted by block, and a block's keys meet the queries that
@@ -1641,33 +1596,25 @@ def decode(token, cache, rope, seen, splits=None):
 #
 # The choice leaves as words: bit i of word w of block b says that query 64 w + i chose b. A running
 # sum of the words' populations is each pair's place in the list of its block. So there is no sort
-# and no atomic addition, and lists are in the order of queries. The words take n / 8 bytes a query
-# and head, 1 / 8 of q at T 16384. `attention_topk` cuts long calls, so memory grows with T.
+# and no atomic addition, and lists are in the order of queries.
 #
-# choose   grid B H T / 64; reads q, and the summaries from the L2 cache; 2 Dh n FLOPs a query, 2 %
-#          of dense attention's at N 64; what it takes is the search, about 60 instructions a score.
-# list     the same grid; reads and writes K ints a query.
-# Limits: B H T K < 2^31; K up to 64 or so, as more overflow the lanes and are sought by bisection.
+# Both kernels: grid B H T / 64. choose reads q, and the summaries from the L2 cache: 2 Dh n FLOPs a
+# query, 2 % of dense attention's at N 64, and a search of about 60 instructions a score. Limits:
+# B H T K < 2^31; K up to 64 or so, as more overflow the lanes and are sought by bisection.
 
-WORD = tl.constexpr(64)                                # queries that share a word
-BOTTOM = tl.constexpr(-0x7f800001 * 2**31)             # -inf as the search has it
-
-
-@jit
-def minima(summaries, DH: tl.constexpr):
-    """Of summaries for minmax, the second half."""
-    return Rows(summaries.ptr + DH, summaries.b, summaries.h, summaries.t)
+WORD = constexpr(64)                                # queries that share a word
+BOTTOM = constexpr(-0x7f800001 * 2**31)             # -inf as the search has it
 
 
 @jit
-def score_blocks(q, summaries, b, h, block, own, stop, MINMAX: tl.constexpr, DH: tl.constexpr,
-                 BD: tl.constexpr):
+def score_blocks(q, summaries, b, h, block, own, stop, MINMAX: constexpr):
     """Scores (BM, BN) of blocks (BN,) for q (BM, BD); -inf from the query's own block on. Blocks
     before `stop` are read. NaN counts as the least score.
     """
-    high = load_rows(summaries, b, h, block, block < stop, DH, BD)                      # (BN, BD)
+    high = load_rows(summaries, b, h, block, block < stop)                      # (BN, BD)
     if MINMAX:  # maxima, then minima
-        low = load_rows(minima(summaries, DH), b, h, block, block < stop, DH, BD)
+        at, mask = rows_at(summaries, b, h, block, block < stop)
+        low = tl.load(at + summaries.DH, mask=mask, other=0)
         positive = tl.where(q > 0, q, 0).to(q.dtype)
         negative = tl.where(q > 0, 0, q).to(q.dtype)
         s = dot_rows(positive, high)
@@ -1676,18 +1623,6 @@ def score_blocks(q, summaries, b, h, block, own, stop, MINMAX: tl.constexpr, DH:
         s = dot_rows(q, high)
     is_past = block[None, :] < own[:, None]
     return tl.where(is_past, tl.maximum(s, LOWEST), -float("inf"))
-
-
-@jit
-def in_order(x):
-    """The bits of a float32 as an int32 of the same order, and back."""
-    return x ^ ((x >> 31) & 0x7fffffff)
-
-
-@jit
-def number_at(order):
-    """The float32 of a place in that order."""
-    return in_order(order).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -1704,8 +1639,7 @@ def population(x):
 def choose_kernel(
         q, summaries, chosen, words, counts,
         H, T, start, n, K,
-        N: tl.constexpr, MINMAX: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BN: tl.constexpr, STAGES: tl.constexpr):
+        N: constexpr, MINMAX: constexpr, BN: constexpr, STAGES: constexpr):
     """q: Rows of (B, H, T, Dh), the first at position `start`; summaries: Rows of (B, H, >= n - 1,
     Dh or 2 Dh).
 
@@ -1720,7 +1654,7 @@ def choose_kernel(
     own = tl.where(live, own, -1)                      # beyond T: choose nothing
     end = tl.max(own) + 1
     want = tl.minimum(own + 1, K)
-    q_tile = load_rows(q, b, h, i0 + row, live, DH, BD)
+    q_tile = load_rows(q, b, h, i0 + row, live)
     column = tl.arange(0, BN)
 
     first = tl.full((WORD, BN), -float("inf"), tl.float32)             # of each lane, best first
@@ -1729,7 +1663,7 @@ def choose_kernel(
     fourth = first
     for b0 in tl.range(0, end, BN, num_stages=STAGES):
         block = b0 + column
-        s = score_blocks(q_tile, summaries, b, h, block, own, end - 1, MINMAX, DH, BD)
+        s = score_blocks(q_tile, summaries, b, h, block, own, end - 1, MINMAX)
         less = tl.minimum(first, s)
         first = tl.maximum(first, s)
         s = tl.minimum(second, less)
@@ -1761,12 +1695,12 @@ def choose_kernel(
     chosen += (bh * T + i0) * K
     searching = 1
     while searching > 0:
-        bar = number_at((order >> 31).to(tl.int32))
+        bar = in_order((order >> 31).to(tl.int32)).to(tl.float32, bitcast=True)
         until = 0x7fffffff - (order & 0x7fffffff).to(tl.int32)         # of blocks just at the bar
         count = tl.zeros((WORD,), tl.int32)
         for b0 in tl.range(0, end, BN, num_stages=STAGES):
             block = b0 + column
-            s = score_blocks(q_tile, summaries, b, h, block, own, end - 1, MINMAX, DH, BD)
+            s = score_blocks(q_tile, summaries, b, h, block, own, end - 1, MINMAX)
             tied = (s == bar[:, None]) & (block[None, :] <= until[:, None])
             is_own = block[None, :] == own[:, None]
             take = (s > bar[:, None]) | is_own | tied
@@ -1800,7 +1734,7 @@ def choose_kernel(
 def list_kernel(
         chosen, words, ends, pairs,
         H, T, start, n, capacity,
-        K: tl.constexpr, N: tl.constexpr, BK: tl.constexpr):
+        K: constexpr, N: constexpr, BK: constexpr):
     """pairs (capacity = B * H * T * K,) int32: query * K + j for each query's j-th choice, by head,
     block, query. ends (B, H, n, cdiv(T, 64)) int32: where in pairs the queries of a word end.
     """
@@ -1829,18 +1763,15 @@ def list_kernel(
 #
 #   blocks   part_j = softmax_p(q . k~_p / sqrt(Dh)) v~_p over the j-th chosen block of a query, and
 #            lse_j, its log2-sum-exp2
-#   join     y = sum_j 2^(lse_j - M) part_j / sum_j 2^(lse_j - M), and the granted keys: those that
-#            equation (4) allows outside the chosen blocks
+#   rest     where equation (4) allows more than the query itself: all that it allows is one more
+#            part, by the kernels of sparse attention. The blocks leave these keys out.
+#   join     y = sum_j 2^(lse_j - M) part_j / sum_j 2^(lse_j - M)
 #
 # blocks: a program holds the keys of one block and goes through its list in tiles of BM pairs. Grid
-# B H n, heads slowest: the queries of a head, 4 MB at T 16384, stay in the L2 cache. 4 Dh N K FLOPs
-# a query. join: a program takes BM queries, and adds in one order, in float32. Granted keys are
-# the lasting ones and all others in the window, unless the word of their block has the query's bit;
-# the own block's word has it too.
-#
-# T 16384, H 16, Dh 128, N 64, K 16, bf16: the parts are 1.07 GB, written and read: 0.72 ms at 3.0
-# TB/s; 137 GFLOP are 0.18 ms at 745 TFLOP/s, under the writing. T 65536: four times that.
-# Limits: as attention's; N of any size, padded to a power of 2 that is at least 16.
+# B H n, heads slowest: the queries of a head, 4 MB at T 16384, stay in the L2 cache. join: a
+# program takes BM queries, and adds in one order, in float32. T 16384, H 16, Dh 128, N 64, K 16,
+# bf16: the parts are 1.07 GB, written and read: 0.72 ms at 3.0 TB/s; 137 GFLOP are 0.18 ms at 745
+# TFLOP/s, under the writing. Limits: as attention's; N of any size.
 
 @jit
 def key_block(H, n):
@@ -1861,7 +1792,7 @@ def block_list(ends, at, T):
 
 
 @jit
-def load_pairs(pairs, e0, list_end, T, K: tl.constexpr, BM: tl.constexpr):
+def load_pairs(pairs, e0, list_end, T, K: constexpr, BM: constexpr):
     """BM pairs of a list, from e0 on, and which of them there are."""
     e = e0 + tl.arange(0, BM)
     pair = tl.load(pairs + e, mask=e < list_end, other=-1)
@@ -1869,198 +1800,116 @@ def load_pairs(pairs, e0, list_end, T, K: tl.constexpr, BM: tl.constexpr):
 
 
 @jit
+def sees_in_block(t, p, stop, RULE: constexpr, REST: constexpr):
+    """Does a query at t attend to key p as one of a chosen block's, which end before `stop`? REST:
+    not if equation (4) allows it.
+    """
+    if REST:
+        sees = (p <= tl.minimum(near_from(t, RULE) - 1, stop - 1)) & (is_lasting(p, RULE) == 0)
+    else:
+        sees = p <= tl.minimum(t, stop - 1)
+    return sees
+
+
+@jit
 def blocks_kernel(
         q, k, v, part, part_lse, pairs, ends,
         H, T, start, n, end, scale,
-        K: tl.constexpr, N: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+        K: constexpr, N: constexpr, RULE: constexpr, REST: constexpr,
+        BM: constexpr, BN: constexpr, STAGES: constexpr):
     """Program (bh, block). q: Rows of (B, H, T, Dh), the first at position `start`; k, v: Rows of
-    (B, H, end, Dh); part: Rows of (B, H, T * K, Dh); part_lse (B, H, T * K) float32.
+    (B, H, end, Dh); part: Rows of (B, H, T * (K + REST), Dh); part_lse (B, H, T * (K + REST))
+    float32.
     """
     at, bh, b, h, block = key_block(H, n)
     p0 = block * N
     p = p0 + tl.arange(0, BN)
     stop = tl.minimum(p0 + N, end)
-    k_tile = load_rows(k, b, h, p, p < stop, DH, BD)                                    # (BN, BD)
-    v_tile = load_rows(v, b, h, p, p < stop, DH, BD)
-    part_lse += bh * T * K
+    k_tile = load_rows(k, b, h, p, p < stop)                                    # (BN, BD)
+    v_tile = load_rows(v, b, h, p, p < stop)
+    part_lse += bh * T * (K + REST)
     list_begin, list_end = block_list(ends, at, T)
     for e0 in tl.range(list_begin, list_end, BM, num_stages=STAGES):
         pair, live = load_pairs(pairs, e0, list_end, T, K, BM)                          # (BM,)
         i = pair // K
-        q_tile = load_rows(q, b, h, i, live, DH, BD)                                    # (BM, BD)
-        t = tl.minimum(start + i, stop - 1)
-        sees = p[None, :] <= t[:, None]
+        q_tile = load_rows(q, b, h, i, live)                                    # (BM, BD)
+        t = start + i
+        sees = sees_in_block(t[:, None], p[None, :], stop, RULE, REST)
         s = tl.where(sees, dot_rows(q_tile, k_tile), -float("inf"))                     # (BM, BN)
-        m = tl.max(s, 1) * scale                       # a number: the first key is seen by all
+        m = tl.maximum(tl.max(s, 1) * scale, LOWEST)
         weight = tl.exp2(s * scale - m[:, None])
         l = tl.sum(weight, 1)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, input_precision="ieee")           # (BM, BD)
         for more in range(BN, N, BN):  # the rest of a large block
             here = p + more < stop
-            k_more = load_rows(k, b, h, p + more, here, DH, BD)
-            v_more = load_rows(v, b, h, p + more, here, DH, BD)
-            sees = (p + more)[None, :] <= t[:, None]
+            k_more = load_rows(k, b, h, p + more, here)
+            v_more = load_rows(v, b, h, p + more, here)
+            sees = sees_in_block(t[:, None], (p + more)[None, :], stop, RULE, REST)
             acc, l, m = add_keys(q_tile, k_more, v_more, sees, scale, acc, l, m)
-        acc *= (1 / l)[:, None]
-        store_rows(part, b, h, pair, acc, live, DH, BD)
-        tl.store(part_lse + pair, m + tl.log2(l), mask=live)
-
-
-@jit
-def granted_tiles(lasts, near, end, SPAN: tl.constexpr, BN: tl.constexpr):
-    """How many tiles of BN granted keys there are: `lasts` lasting ones, and all from position
-    `near` to `end`, if there is a window.
-    """
-    tiles = tl.cdiv(lasts, BN)
-    if SPAN.reach > 0:
-        tiles += tl.cdiv(end - near, BN)
-    return tiles
-
-
-@jit
-def granted_keys(tile, lasts, near, SPAN: tl.constexpr, BN: tl.constexpr):
-    """Positions (BN,) in such a tile, and how far behind its query each may lie."""
-    j = tile * BN + tl.arange(0, BN)
-    p = lasting(j, lasts, SPAN)
-    reach = p * 0 + FAR
-    if SPAN.reach > 0:
-        behind = j - tl.cdiv(lasts, BN) * BN
-        is_near = behind >= 0
-        p = tl.where(is_near, near + behind, p)
-        p = tl.where(is_near & is_lasting(p, SPAN), FAR, p)
-        reach = tl.where(is_near, SPAN.window, reach)
-    return p, reach
-
-
-@jit
-def load_words(words, T, p, i, last, N: tl.constexpr):
-    """The words (BN,) in which queries, of one word, have or have not chosen the blocks of keys p
-    (BN,) of a head: from row i on, up to the query at position `last`.
-    """
-    block = (p // N).to(tl.int64)
-    at = block * tl.cdiv(T, WORD) + i // WORD
-    return tl.load(words + at, mask=p <= last, other=0)
-
-
-@jit
-def sees_granted(word, i, t, p, reach):
-    """Do queries i, at positions t, see granted keys p, whose blocks' words are these? All four
-    broadcast.
-    """
-    chosen = (word >> (i % WORD).to(tl.int64)) & 1
-    is_near = t - p <= reach
-    return (chosen == 0) & (p < t) & is_near
+        acc *= tl.where(l > 0, 1 / l, 0)[:, None]
+        place = pair + i * REST
+        store_rows(part, b, h, place, acc, live)
+        tl.store(part_lse + place, m + tl.log2(l), mask=live)
 
 
 @jit
 def join_kernel(
-        q, k, v, y, part, part_lse, words, lse,
-        H, T, start, n, scale,
-        K: tl.constexpr, N: tl.constexpr, GRANTED: tl.constexpr, SPAN: tl.constexpr,
-        DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        STAGES: tl.constexpr):
+        y, part, part_lse, lse,
+        H, T, start,
+        K: constexpr, N: constexpr, REST: constexpr, BM: constexpr, STAGES: constexpr):
     """y: Rows of (B, H, T, Dh); lse (B, H, T) float32. The rest as above."""
     bh, b, h, i0 = query_tile(H, T, BM)
     i = i0 + tl.arange(0, BM)
     live = i < T
-    t = start + i
-    count = tl.minimum(t // N + 1, K)                  # of a query's parts
+    count = tl.minimum((start + i) // N + 1, K)        # of a query's blocks
     count = tl.where(live, count, 0)
-    part_lse += (bh * T + i) * K
-    words += bh * n * tl.cdiv(T, WORD)
+    part_lse += (bh * T + i) * (K + REST)
     m = tl.full((BM,), LOWEST, tl.float32)
-    for j in range(K):
-        lse_j = tl.load(part_lse + j, mask=j < count, other=LOWEST)
+    for j in range(K + REST):
+        here = (j < count) | (live & (j == K))
+        lse_j = tl.load(part_lse + j, mask=here, other=LOWEST)
         m = tl.maximum(m, lse_j)
     l = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, BD), tl.float32)
-    for j in tl.range(K, num_stages=STAGES):
-        lse_j = tl.load(part_lse + j, mask=j < count, other=-float("inf"))
+    acc = tl.zeros((BM, y.BD), tl.float32)
+    for j in tl.range(K + REST, num_stages=STAGES):
+        here = (j < count) | (live & (j == K))
+        lse_j = tl.load(part_lse + j, mask=here, other=-float("inf"))
         weight = tl.exp2(lse_j - m)
         l += weight
-        place = i * K + j
-        part_j = load_rows(part, b, h, place, j < count, DH, BD)                        # (BM, BD)
+        place = i * (K + REST) + j
+        part_j = load_rows(part, b, h, place, here)                             # (BM, BD)
         acc += weight[:, None] * part_j.to(tl.float32)
-    if GRANTED:
-        q_tile = load_rows(q, b, h, i, live, DH, BD)
-        end = start + tl.minimum(i0 + BM, T)
-        lasts = count_lasting(end, SPAN)
-        near = tl.maximum(start + i0 - SPAN.reach, 0)
-        tiles = granted_tiles(lasts, near, end, SPAN, BN)
-        for tile in tl.range(tiles, num_stages=STAGES):
-            p, reach = granted_keys(tile, lasts, near, SPAN, BN)
-            k_tile = load_rows(k, b, h, p, p < end, DH, BD)                             # (BN, BD)
-            v_tile = load_rows(v, b, h, p, p < end, DH, BD)
-            word = load_words(words, T, p, i0, end - 1, N)
-            sees = sees_granted(word[None, :], i[:, None], t[:, None], p[None, :], reach[None, :])
-            acc, l, m = add_keys(q_tile, k_tile, v_tile, sees, scale, acc, l, m)
-    store_rows(y, b, h, i, acc / l[:, None], live, DH, BD)
-    lse += bh * T
-    tl.store(lse + i, m + tl.log2(l), mask=live)
+    store_rows(y, b, h, i, acc / l[:, None], live)
+    tl.store(lse + bh * T + i, m + tl.log2(l), mask=live)
 
 
-# The backward pass, with P, dO and delta as in attention's. Three kernels:
+# The backward pass, with P, dO and delta as in attention's: the rest by the kernels of sparse
+# attention, which compute delta too; else delta has a kernel of its own. Then by blocks, as in the
+# forward pass: the pairs' parts of dQ, and dK and dV of the block, added to the rest's. At last the
+# parts of dQ, K or K + 1 a query, are summed. In each kernel a row has one writer and each sum one
+# order: gradients repeat to the bit.
 #
-#   queries   by BM queries: delta, and the granted keys' part of dQ
-#   blocks    by blocks, as in the forward pass: the pairs' parts of dQ, and dK and dV of the block
-#   granted   by granted keys, past all later queries: it adds to dK and dV
-#
-# Then the parts of dQ, K or K + 1 a query, are summed. In each kernel a row has one writer and each
-# sum one order: the same input gives the same gradient, to the bit.
-#
-# Bytes per query and head in bf16: 4 K Dh of q and dO from the L2 cache, 2 K Dh of dQ written and
-# read; FLOPs: 10 Dh N K. B 4, T 8192, H 16, Dh 128, N 64, K 16: 2.1 GB written and read, 1.4 ms at
-# 3.0 TB/s; 690 GFLOP, 0.9 ms at 745 TFLOP/s.
+# B 4, T 8192, H 16, Dh 128, N 64, K 16, bf16: the parts of dQ are 2.1 GB, written and read: 1.4 ms
+# at 3.0 TB/s; 690 GFLOP are 0.9 ms at 745 TFLOP/s.
 
 @jit
-def topk_backward_q_kernel(
-        q, k, v, y, dy, part, words, lse, delta,
-        H, T, start, n, scale, factor,
-        K: tl.constexpr, N: tl.constexpr, GRANTED: tl.constexpr, SPAN: tl.constexpr,
-        DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        STAGES: tl.constexpr):
-    """delta (B, H, T) float32; GRANTED: also row K of each query in part, Rows of (B, H, T * (K +
-    1), Dh).
-    """
+def delta_kernel(y, dy, delta, H, T, BM: constexpr):
+    """delta (B, H, T) float32: dO . y of each query. y, dy: Rows of (B, H, T, Dh)."""
     bh, b, h, i0 = query_tile(H, T, BM)
     i = i0 + tl.arange(0, BM)
-    live = i < T
-    t = start + i
-    dy_tile = load_rows(dy, b, h, i, live, DH, BD)                                      # (BM, BD)
-    y_tile = load_rows(y, b, h, i, live, DH, BD)
-    delta_t = tl.sum(dy_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
-    lse += bh * T
-    delta += bh * T
-    tl.store(delta + i, delta_t, mask=live)
-    words += bh * n * tl.cdiv(T, WORD)
-    if GRANTED:
-        lse_t = tl.load(lse + i, mask=live, other=float("inf"))
-        q_tile = load_rows(q, b, h, i, live, DH, BD)
-        end = start + tl.minimum(i0 + BM, T)
-        lasts = count_lasting(end, SPAN)
-        near = tl.maximum(start + i0 - SPAN.reach, 0)
-        acc = tl.zeros((BM, BD), tl.float32)
-        tiles = granted_tiles(lasts, near, end, SPAN, BN)
-        for tile in tl.range(tiles, num_stages=STAGES):
-            p, reach = granted_keys(tile, lasts, near, SPAN, BN)
-            k_tile = load_rows(k, b, h, p, p < end, DH, BD)
-            v_tile = load_rows(v, b, h, p, p < end, DH, BD)
-            word = load_words(words, T, p, i0, end - 1, N)
-            sees = sees_granted(word[None, :], i[:, None], t[:, None], p[None, :], reach[None, :])
-            acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
-        place = i * (K + 1) + K
-        store_rows(part, b, h, place, acc * factor, live, DH, BD)
+    y_tile = load_rows(y, b, h, i, i < T).to(tl.float32)                        # (BM, BD)
+    dy_tile = load_rows(dy, b, h, i, i < T).to(tl.float32)
+    tl.store(delta + bh * T + i, tl.sum(dy_tile * y_tile, 1), mask=i < T)
 
 
 @jit
-def topk_backward_blocks_kernel(
+def blocks_backward_kernel(
         q, k, v, dy, dk, dv, part, pairs, ends, lse, delta,
         H, T, start, n, end, scale, factor,
-        K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
+        K: constexpr, N: constexpr, RULE: constexpr, REST: constexpr,
+        BM: constexpr, BN: constexpr, STAGES: constexpr):
     """Program (bh, block): all its rows of dk, dv, and its pairs' rows of part, Rows of (B, H, T *
-    PARTS, Dh).
+    (K + REST), Dh). REST: dk and dv hold what the rest gave.
     """
     at, bh, b, h, block = key_block(H, n)
     p0 = block * N
@@ -2070,87 +1919,40 @@ def topk_backward_blocks_kernel(
     delta += bh * T
     for more in range(0, N, BN):
         p = p0 + more + tl.arange(0, BN)
-        k_tile = load_rows(k, b, h, p, p < stop, DH, BD)                                # (BN, BD)
-        v_tile = load_rows(v, b, h, p, p < stop, DH, BD)
-        acc_k = tl.zeros((BN, BD), tl.float32)
-        acc_v = tl.zeros((BN, BD), tl.float32)
+        k_tile = load_rows(k, b, h, p, p < stop)                                # (BN, BD)
+        v_tile = load_rows(v, b, h, p, p < stop)
+        acc_k = tl.zeros((BN, q.BD), tl.float32)
+        acc_v = tl.zeros((BN, q.BD), tl.float32)
         for e0 in tl.range(list_begin, list_end, BM, num_stages=STAGES):
             pair, live = load_pairs(pairs, e0, list_end, T, K, BM)                      # (BM,)
             i = pair // K
-            t = tl.minimum(start + i, stop - 1)
-            q_tile = load_rows(q, b, h, i, live, DH, BD)                                # (BM, BD)
-            dy_tile = load_rows(dy, b, h, i, live, DH, BD)
+            t = start + i
+            q_tile = load_rows(q, b, h, i, live)                                # (BM, BD)
+            dy_tile = load_rows(dy, b, h, i, live)
             lse_t, delta_t = load_sums(lse, delta, i, live)
-            sees = p[:, None] <= t[None, :]
+            sees = sees_in_block(t[None, :], p[:, None], stop, RULE, REST)
             ds, acc_k, acc_v = add_dkv(k_tile, v_tile, q_tile, dy_tile, sees, lse_t, delta_t,
                                        scale, acc_k, acc_v)
-            row = i * PARTS + pair % K
+            row = pair + i * REST
             dq = tl.dot(tl.trans(ds), k_tile, input_precision="ieee")
             dq *= factor
             if more > 0:  # add to what the block's keys before these gave
-                dq += load_rows(part, b, h, row, live, DH, BD)
-            store_rows(part, b, h, row, dq, live, DH, BD)
+                dq += load_rows(part, b, h, row, live)
+            store_rows(part, b, h, row, dq, live)
         acc_k *= factor
-        store_rows(dk, b, h, p, acc_k, p < stop, DH, BD)
-        store_rows(dv, b, h, p, acc_v, p < stop, DH, BD)
+        if REST:
+            acc_k += load_rows(dk, b, h, p, p < stop)
+            acc_v += load_rows(dv, b, h, p, p < stop)
+        store_rows(dk, b, h, p, acc_k, p < stop)
+        store_rows(dv, b, h, p, acc_v, p < stop)
         tl.debug_barrier()                             # other threads read these rows of part
-
-
-@jit
-def topk_backward_granted_kernel(
-        q, k, v, dy, dk, dv, words, lse, delta,
-        H, T, start, n, end, keys, scale, factor,
-        LASTING: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, DH: tl.constexpr,
-        BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
-    """Program (bh, tile of the lasting keys (LASTING) or of all others): it adds to dk and dv what
-    these get from queries that did not choose their block.
-    """
-    at, bh, b, h, tile = key_block(H, tl.cdiv(keys, BN))
-    j = tile * BN + tl.arange(0, BN)
-    lse += bh * T
-    delta += bh * T
-    words += bh * n * tl.cdiv(T, WORD)
-    if LASTING:
-        p = lasting(j, keys, SPAN)
-        reach = p * 0 + FAR
-        stop = end
-    else:
-        p = tl.where(is_lasting(j, SPAN), FAR, j)
-        reach = p * 0 + SPAN.window
-        stop = tl.minimum((tile + 1) * BN + SPAN.reach, end)
-    k_tile = load_rows(k, b, h, p, p < end, DH, BD)                                     # (BN, BD)
-    v_tile = load_rows(v, b, h, p, p < end, DH, BD)
-    acc_k = tl.zeros((BN, BD), tl.float32)
-    acc_v = tl.zeros((BN, BD), tl.float32)
-    first = tl.maximum(tl.min(p) - start, 0)
-    first = first // WORD * WORD                       # where a word begins
-    for i0 in tl.range(first, stop - start, BM, num_stages=STAGES):
-        i = i0 + tl.arange(0, BM)                                                       # (BM,)
-        q_tile = load_rows(q, b, h, i, i < T, DH, BD)
-        dy_tile = load_rows(dy, b, h, i, i < T, DH, BD)
-        lse_t, delta_t = load_sums(lse, delta, i, i < T)
-        t = start + i
-        last = start + tl.minimum(i0 + BM, T) - 1
-        word = load_words(words, T, p, i0, last, N)
-        sees = sees_granted(word[:, None], i[None, :], t[None, :], p[:, None], reach[:, None])
-        _, acc_k, acc_v = add_dkv(k_tile, v_tile, q_tile, dy_tile, sees, lse_t, delta_t, scale,
-                                  acc_k, acc_v)
-    acc_k *= factor
-    acc_k += load_rows(dk, b, h, p, p < end, DH, BD)   # what the blocks kernel has found
-    acc_v += load_rows(dv, b, h, p, p < end, DH, BD)
-    store_rows(dk, b, h, p, acc_k, p < end, DH, BD)
-    store_rows(dv, b, h, p, acc_v, p < end, DH, BD)
 
 
 # Tiles for rows of up to 256 bytes, the fastest on an H100; wider ones take smaller tiles.
 TOPK_TILES = {
     "choose": dict(BN=64, STAGES=3, num_warps=4),
     "blocks": dict(BM=64, BN=64, STAGES=1, num_warps=4),
-    "join": dict(BM=16, BN=64, STAGES=3, num_warps=4),
-    "join granted": dict(BM=64, BN=32, STAGES=3, num_warps=4),
-    "backward q": dict(BM=64, BN=64, STAGES=2, num_warps=4),
-    "backward blocks": dict(BM=64, BN=64, STAGES=1, num_warps=4),
-    "backward granted": dict(BM=64, BN=32, STAGES=2, num_warps=4),
+    "join": dict(BM=16, STAGES=3, num_warps=4),
 }
 PARTS_BYTES = 2**31                                    # the most that the parts of one call take
 LEAST_QUERIES = 1024                                   # but no call is cut shorter
@@ -2158,24 +1960,16 @@ LEAST_QUERIES = 1024                                   # but no call is cut shor
 
 def topk_constants(kind, q, block):
     """Tiles of a kernel, and the constants that all share, for q (B, H, T, Dh)."""
-    tiles = dict(TOPK_TILES[kind])
-    Dh = q.shape[-1]
-    BD = max(16, triton.next_power_of_2(Dh))
-    row_bytes = BD * q.element_size()
-    if row_bytes > 1024:
-        raise ValueError(f"attention: a head of {Dh} channels in {q.dtype} is too wide, "
-                         "the limit is 1024 bytes")
-    if row_bytes > 256:
-        tiles = dict(WIDE[1024])
-        if kind == "choose":                           # it has no BM, as a word has 64 queries
-            del tiles["BM"]
-    if kind.endswith("blocks"):
-        tiles["BN"] = min(tiles["BN"], max(16, triton.next_power_of_2(block)))
-    return dict(N=block, DH=Dh, BD=BD, **tiles)
+    narrow, wide = TOPK_TILES[kind], WIDE[1024]
+    least = {name: min(size, wide[name]) for name, size in narrow.items()}
+    constants = head_constants({128: narrow, 256: narrow, 512: least, 1024: least}, q)
+    if kind == "blocks":
+        constants["BN"] = min(constants["BN"], max(16, triton.next_power_of_2(block)))
+    return dict(N=block, **constants)
 
 
 def choose_blocks(q, summaries, end, block, topk):
-    """The choice of q (B, H, T, Dh), the last of `end` positions: words, pairs, ends, as above."""
+    """The choice of q (B, H, T, Dh), the last of `end` positions: pairs, ends, as above."""
     B, H, T, Dh = q.shape
     n = triton.cdiv(end, block)
     tiles = triton.cdiv(T, 64)
@@ -2183,164 +1977,112 @@ def choose_blocks(q, summaries, end, block, topk):
     words = q.new_empty(B, H, n, tiles, dtype=torch.int64)
     counts = torch.zeros(B, H, n, tiles, **ints)
     chosen = torch.empty(B, H, T, topk, **ints)
-    pairs = torch.empty(chosen.numel(), **ints)
-    places = H, T, end - T, n
+    pairs = torch.zeros(chosen.numel(), **ints)
+    sizes = H, T, end - T, n
     constants = topk_constants("choose", q, block)
     minmax = summaries.shape[-1] == 2 * Dh
     if minmax:
         constants["STAGES"] = 1                        # two tiles take twice the shared memory
     programs = B * H * tiles
-    launch(choose_kernel, programs, q, *rows_of(q, summaries), chosen, words, counts,
-           *places, topk, MINMAX=minmax, **constants)
+    launch(choose_kernel, programs, q, *rows_of(q, summaries[..., :Dh]), chosen, words, counts,
+           *sizes, topk, MINMAX=minmax, **constants)
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    launch(list_kernel, programs, q, chosen, words, ends, pairs, *places, pairs.numel(),
+    launch(list_kernel, programs, q, chosen, words, ends, pairs, *sizes, pairs.numel(),
            K=topk, N=block, BK=triton.next_power_of_2(topk))
-    return words, pairs, ends
+    return pairs, ends
 
 
-def attend_to_blocks(q, k, v, pairs, ends, block, topk):
-    """part (B, H, T * K, Dh) and part_lse (B, H, T * K) of the chosen pairs."""
+def topk_forward(
+        q: Tensor, k_rec: Tensor, v_rec: Tensor, summaries: Tensor, rule: list[int]
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y and lse of the last T of k's positions, and their choice: pairs, ends. rule: dilation,
+    window, sinks, block, topk.
+    """
+    *sizes, block, topk = rule
+    rest = any(sizes)
     B, H, T, Dh = q.shape
-    end = k.shape[2]
-    n = triton.cdiv(end, block)
-    part = q.new_empty(B, H, T * topk, Dh)
-    part_lse = q.new_empty(B, H, T * topk, dtype=torch.float32)
-    places = H, T, end - T, n, end
-    constants = topk_constants("blocks", q, block)
-    launch(blocks_kernel, B * H * n, q,
-           *rows_of(q, k, v, part), part_lse, pairs, ends,
-           *places, log2_scale(q), K=topk, **constants)
-    return part, part_lse
-
-
-def join_parts(q, k, v, part, part_lse, words, span, block, topk):
-    """y (B, H, T, Dh) and lse (B, H, T)."""
-    B, H, T, _ = q.shape
+    end = k_rec.shape[2]
+    n = -(-end // block)
     y = new_heads(q)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
-    granted = any(span)
-    constants = topk_constants("join granted" if granted else "join", q, block)
-    programs = triton.cdiv(T, constants["BM"]) * B * H
-    launch(join_kernel, programs, q,
-           *rows_of(q, k, v, y, part), part_lse, words, lse,
-           H, T, k.shape[2] - T, words.shape[2], log2_scale(q),
-           K=topk, GRANTED=granted, SPAN=span, **constants)
-    return y, lse
+    if idle(q):
+        pairs = q.new_empty(B * H * T * topk, dtype=torch.int32)
+        ends = q.new_empty(B * H * n * -(-T // 64), dtype=torch.int32)
+        return y, lse, pairs, ends
+    q, k, v, summaries = packed(q, k_rec, v_rec, summaries)
+    pairs, ends = choose_blocks(q, summaries, end, block, topk)
+    part = q.new_empty(B, H, T, topk + rest, Dh)
+    part_lse = q.new_empty(B, H, T, topk + rest, dtype=torch.float32)
+    if rest:
+        attend_forward(q, k, v, part[:, :, :, topk], part_lse[..., topk], Sizes(*sizes), end - T)
+    constants = dict(K=topk, REST=int(rest))
+    launch(blocks_kernel, B * H * n, q, *rows_of(q, k, v, part.flatten(2, 3)), part_lse, pairs,
+           ends, H, T, end - T, n, end, log2_scale(Dh), RULE=Sizes(*sizes), **constants,
+           **topk_constants("blocks", q, block))
+    joining = topk_constants("join", q, block)
+    launch(join_kernel, triton.cdiv(T, joining["BM"]) * B * H, q,
+           *rows_of(y, part.flatten(2, 3)), part_lse, lse, H, T, end - T, **constants, **joining)
+    return y, lse, pairs, ends
 
 
-def run_topk(q, k, v, summaries, sizes):
-    """y and lse of the last T of k's positions, and their choice: words, pairs, ends. sizes:
-    dilation, window, sinks, block, topk.
-    """
-    *span, block, topk = sizes
-    q, k, v, summaries = (packed_channels(x) for x in (q, k, v, summaries))
-    words, pairs, ends = choose_blocks(q, summaries, k.shape[2], block, topk)
-    parts = attend_to_blocks(q, k, v, pairs, ends, block, topk)
-    span = span_of(*span)
-    y, lse = join_parts(q, k, v, *parts, words, span, block, topk)
-    return y, lse, words, pairs, ends
-
-
-@torch.library.custom_op("rat::topk", mutates_args=())
-def topk_operator(
-        q: Tensor, k_rec: Tensor, v_rec: Tensor, summaries: Tensor, sizes: list[int]
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return run_topk(q, k_rec, v_rec, summaries, sizes)
-
-
-def new_topk(q, k_rec, v_rec, summaries, sizes):
-    """Empty outputs of run_topk."""
-    B, H, T, _ = q.shape
-    block, topk = sizes[-2:]
-    n = -(-k_rec.shape[2] // block)
-    tiles = -(-T // 64)
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
-    words = q.new_empty(B, H, n, tiles, dtype=torch.int64)
-    pairs = q.new_empty(lse.numel() * topk, dtype=torch.int32)
-    ends = q.new_empty(words.numel(), dtype=torch.int32)
-    return new_heads(q), lse, words, pairs, ends
-
-
-@torch.library.custom_op("rat::topk_backward", mutates_args=())
+@operator
 def topk_backward(
-        dy: Tensor, q: Tensor, k_rec: Tensor, v_rec: Tensor, y: Tensor, lse: Tensor, words: Tensor,
-        pairs: Tensor, ends: Tensor, sizes: list[int]) -> list[Tensor]:
+        dy: Tensor, q: Tensor, k_rec: Tensor, v_rec: Tensor, y: Tensor, lse: Tensor, pairs: Tensor,
+        ends: Tensor, rule: list[int]) -> list[Tensor]:
     """dq (B, H, T, Dh); dk_rec, dv_rec (B, H, end, Dh)."""
-    *span, block, topk = sizes
-    span = span_of(*span)
-    granted = any(span)
-    q, k, v, dy = (packed_channels(x) for x in (q, k_rec, v_rec, dy))
+    *sizes, block, topk = rule
+    rest = any(sizes)
+    sizes = Sizes(*sizes)
     B, H, T, Dh = q.shape
-    end = k.shape[2]
-    n = words.shape[2]
+    end = k_rec.shape[2]
+    dq, dk, dv = (new_heads(x) for x in (q, k_rec, v_rec))
+    if idle(q):
+        return [dq, dk, dv]
+    q, k, v, y, dy = packed(q, k_rec, v_rec, y, dy)
     delta = torch.empty_like(lse)
-    dk = new_heads(k)
-    dv = new_heads(v)
-    part = q.new_empty(B, H, T, topk + granted, Dh)
-    start = end - T
-    part[:, :, :max(0, (topk - 1) * block - start)] = 0                # these have fewer blocks
-    part_rows = rows(part.flatten(2, 3))
-    places = H, T, start, n
-    scales = log2_scale(q), 1 / math.sqrt(Dh)
-    constants = topk_constants("backward q", q, block)
-    programs = triton.cdiv(T, constants["BM"]) * B * H
-    launch(topk_backward_q_kernel, programs, q,
-           *rows_of(q, k, v, y, dy), part_rows, words, lse, delta, *places, *scales,
-           K=topk, GRANTED=granted, SPAN=span, **constants)
-    inputs = rows_of(q, k, v, dy, dk, dv)
-    constants = topk_constants("backward blocks", q, block)
-    launch(topk_backward_blocks_kernel, B * H * n, q,
-           *inputs, part_rows, pairs, ends, lse, delta, *places, end, *scales,
-           K=topk, PARTS=topk + granted, **constants)
-    constants = topk_constants("backward granted", q, block)
-    lasts = sum(count_lasting_host(end, span))
-    nears = end if span.reach else 0
-    for keys, are_lasting in ((lasts, True), (nears, False)):
-        programs = triton.cdiv(keys, constants["BN"]) * B * H
-        if keys > 0:
-            launch(topk_backward_granted_kernel, programs, q,
-                   *inputs, words, lse, delta, *places, end, keys, *scales,
-                   LASTING=are_lasting, SPAN=span, **constants)
-    return [part.sum(3), dk, dv]
+    part = q.new_empty(B, H, T, topk + rest, Dh)
+    part[:, :, :max(0, (topk - 1) * block - end + T), :topk] = 0       # these have fewer blocks
+    if rest:
+        attend_backward(q, k, v, y, dy, lse, delta, part[:, :, :, topk], dk, dv, sizes)
+    else:
+        joining = topk_constants("join", q, block)
+        launch(delta_kernel, triton.cdiv(T, joining["BM"]) * B * H, q, *rows_of(y, dy), delta, H, T,
+               BM=joining["BM"])
+    n = triton.cdiv(end, block)
+    launch(blocks_backward_kernel, B * H * n, q,
+           *rows_of(q, k, v, dy, dk, dv, part.flatten(2, 3)), pairs, ends, lse, delta,
+           H, T, end - T, n, end, log2_scale(Dh), 1 / math.sqrt(Dh),
+           K=topk, RULE=sizes, REST=int(rest), **topk_constants("blocks", q, block))
+    return [torch.sum(part, 3, out=dq), dk, dv]
 
 
 def keep_topk(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output)
-    ctx.sizes = inputs[4]
+    ctx.rule = inputs[4]
 
 
 def topk_gradient(ctx, dy, *_):
-    return *topk_backward(dy, *ctx.saved_tensors, ctx.sizes), None, None
+    return *topk_backward(dy, *ctx.saved_tensors, ctx.rule), None, None
 
 
-topk_operator.register_fake(new_topk)
+topk_operator = operator(topk_forward)
 topk_operator.register_autograd(topk_gradient, setup_context=keep_topk)
-topk_backward.register_fake(
-    lambda dy, q, k, v, *rest: [q.new_empty(q.shape), new_heads(k), new_heads(v)])
 
 
 def attention_topk(q, k_rec, v_rec, rule, summaries):
-    """model.attention_topk by the kernels: of the last T of n positions, a whole sequence's or a
-    chunk's.
+    """Equation (3) with top-k blocks by the kernels: model.attend, for the last T of n positions, a
+    whole sequence's or a chunk's.
 
-    q: (B, h, T, Dh); k_rec, v_rec: (B, h, n, Dh); summaries: (B, h, m, Dh), or (B, h, m, 2 Dh) for
-    minmax, at least of all whole blocks before the last position. One dtype, any strides. rule:
-    model.Rule. Returns (B, h, T, Dh), differentiable in q, k_rec, v_rec. ValueError for what does
-    not match.
+    q: (B, h, T, Dh); k_rec, v_rec: (B, h, n, Dh); summaries: of their whole blocks. One dtype, any
+    strides. Returns (B, h, T, Dh), differentiable in q, k_rec, v_rec.
     """
-    q, k_rec, v_rec, summaries = in_autocast_dtype(q, k_rec, v_rec, summaries)
-    require_alike("attention_topk", k_rec=k_rec, v_rec=v_rec)
-    B, h, T, Dh = q.shape
+    B, H, T, Dh = q.shape
     n = k_rec.shape[2]
-    fits = k_rec.shape == (B, h, n, Dh) and n >= T
-    if not fits or not q.dtype == k_rec.dtype == summaries.dtype:
-        raise ValueError(f"attention_topk: q {described(q)} and summaries {described(summaries)} "
-                         f"do not fit keys {described(k_rec)}")
     block = min(rule.block, n)
     topk = min(rule.topk, triton.cdiv(n, block))
-    sizes = [*span_within(n, *rule.span), block, topk]
-    run = topk_operator if recorded(q, k_rec, v_rec) else run_topk
-    query_bytes = max(1, B * h * topk * Dh * q.element_size())      # 1: a batch of no sequences
+    sizes = [*rule.sizes, block, topk]
+    run = topk_forward if unrecorded(q, k_rec, v_rec) else topk_operator
+    query_bytes = max(1, B * H * topk * Dh * q.element_size())         # 1: a batch of no sequences
     queries = max(LEAST_QUERIES, PARTS_BYTES // query_bytes // 64 * 64)
     y = []
     for begin in range(0, T, queries):
@@ -2348,197 +2090,28 @@ def attention_topk(q, k_rec, v_rec, rule, summaries):
         end = n - T + stop
         keys = k_rec[:, :, :end], v_rec[:, :, :end]
         y.append(run(q[:, :, begin:stop], *keys, summaries, sizes)[0])
-    if len(y) == 1:
-        return y[0]
-    return torch.cat(y, dim=2)
-
-
-# ---------------------------------------------------------------------------------------------
-# Top-k blocks: decoding, two launches per head group
-#
-#   choose    grid (B h,)           reads the summaries, writes K ints, a score for each block, and
-#                                   now and then a summary
-#   attend    grid (B h, splits)    reads the chosen blocks, and the granted keys besides; the last
-#                                   program of a head finishes the token, as in `decode`
-#
-# The cache holds every position in its place. A summary is written at the first step after its
-# block is full, which is the first that scores it. Bytes per head and sequence in bf16 at T 16384,
-# N 64, K 16: 64 KB of summaries, 512 KB of keys and values, where all keys and values are 8 MB. 44
-# sequences of 16 heads: 0.41 GB, 0.14 ms a layer at 3.0 TB/s.
-#
-# choose keeps the scores in memory between its two halves, as it is compiled for the longest
-# sequence but scores only the blocks so far. Limit: 2^16 blocks or so.
-
-@jit
-def write_summary(summaries, k_cache, b, h, block, SCORE: tl.constexpr, N: tl.constexpr,
-                  BR: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr):
-    """The summary of a full block; see model.block_summaries. `last` has none."""
-    r = tl.arange(0, BR)
-    d = tl.arange(0, BD)
-    keys = load_rows(k_cache, b, h, block * N + r, r < N, DH, BD)                       # (BR, BD)
-    keys = keys.to(tl.float32)
-    at = head(summaries, b, h) + block.to(tl.int64) * summaries.t + d
-    kind = summaries.ptr.dtype.element_ty
-    if SCORE == "mean":
-        mean = tl.sum(keys, 0) / N
-        tl.store(at, mean.to(kind), mask=d < DH)
-    if SCORE == "minmax":
-        is_key = r[:, None] < N
-        most = tl.max(tl.where(is_key, keys, -float("inf")), 0)
-        least = tl.min(tl.where(is_key, keys, float("inf")), 0)
-        tl.store(at, most.to(kind), mask=d < DH)
-        tl.store(at + DH, least.to(kind), mask=d < DH)
-
-
-@jit
-def decode_choose_kernel(
-        q, cos, sin, k_cache, summaries, seen, scores, chosen,
-        H, n,
-        K: tl.constexpr, N: tl.constexpr, SCORE: tl.constexpr, EARLY: tl.constexpr,
-        DH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
-        BR: tl.constexpr, STAGES: tl.constexpr):
-    """Program (bh): chosen (B * H, K) int32, the own block, then the best of the earlier ones, as
-    many as there are. scores (B * H, n) float32: scratch. The query is rounded, as in a whole
-    sequence.
-    """
-    bh, b, h, t, _, _, _, q_row = this_token(q, cos, sin, seen, H, 1.0, EARLY, DH, BD)
-    own = t // N
-    if (t % N == 0) & (own > 0):
-        write_summary(summaries, k_cache, b, h, own - 1, SCORE, N, BR, DH, BD)
-        tl.debug_barrier()                             # other threads read it
-    q_row = q_row.to(q.ptr.dtype.element_ty).to(tl.float32)
-    scores += bh * n
-    low = minima(summaries, DH)
-    for b0 in tl.range(0, own, BN, num_stages=STAGES):
-        block = b0 + tl.arange(0, BN)
-        summary = load_rows(summaries, b, h, block, block < own, DH, BD)                # (BN, BD)
-        if SCORE == "minmax":
-            least = load_rows(low, b, h, block, block < own, DH, BD)
-            summary = tl.where(q_row[None, :] > 0, summary, least)
-        s = tl.sum(q_row[None, :] * summary.to(tl.float32), 1)
-        tl.store(scores + block, s, mask=block < own)
-    tl.debug_barrier()                                 # other threads read them
-    block = tl.arange(0, BS)
-    s = tl.load(scores + block, mask=block < own, other=-float("inf"))                  # (BS,)
-    s = tl.where(block < own, tl.maximum(s, LOWEST), s)                # NaN: the least score
-    order = in_order(s.to(tl.int32, bitcast=True))
-    order = order.to(tl.int64) << 31
-    best = tl.topk(order + (0x7fffffff - block), BK)   # of equal scores the lower index
-    j = tl.arange(0, BK)
-    chosen += bh * K
-    tl.store(chosen, own)
-    best = 0x7fffffff - (best & 0x7fffffff).to(tl.int32)                                # (BK,)
-    others = tl.minimum(own, K - 1)
-    tl.store(chosen + 1 + j, best, mask=j < others)
-
-
-@jit
-def decode_blocks_kernel(
-        y, o, q, k, v, g, k_state, v_state,
-        cos, sin, k_cache, v_cache, seen, partial, arrived,
-        H, scale, chosen,
-        K: tl.constexpr, N: tl.constexpr, GRANTED: tl.constexpr, SPAN: tl.constexpr,
-        HELD: tl.constexpr, RECURRENCE: tl.constexpr, EARLY: tl.constexpr, DH: tl.constexpr,
-        BD: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-        STAGES: tl.constexpr):
-    """Program (bh, split): as decode_kernel, over tiles of the chosen blocks, then over tiles of
-    granted keys. Granted keys in a chosen block are not loaded again. SPAN: of the granted keys;
-    HELD: of the cache, which holds every position.
-    """
-    bh, b, h, t, d, cos_d, sin_d, q_row = this_token(q, cos, sin, seen, H, scale, EARLY, DH, BD)
-    new = new_token(o, k, v, g, k_state, v_state, cos_d, sin_d, b, h, d, RECURRENCE, DH)
-    j = tl.arange(0, BK)
-    chosen += bh * K
-    taken = tl.minimum(t // N + 1, K)
-    blocks = tl.load(chosen + j, mask=j < taken, other=-1)                              # (BK,)
-    lasts = count_lasting(t, SPAN)
-    near = tl.maximum(t - SPAN.reach, 0)
-    chosen_tiles = tl.cdiv(taken * N, BN)
-    acc, l, m = no_rows(BN, BD)
-    first, end = share_of(chosen_tiles + granted_tiles(lasts, near, t, SPAN, BN))
-    for tile in tl.range(first, end, num_stages=STAGES):
-        n = tile * BN + tl.arange(0, BN)
-        in_blocks = n < taken * N
-        block = tl.load(chosen + n // N, mask=in_blocks, other=0)
-        p = block * N + n % N                                                           # (BN,)
-        here = in_blocks & (p < t)
-        if GRANTED:
-            granted, _ = granted_keys(tile - chosen_tiles, lasts, near, SPAN, BN)
-            same = (granted // N)[:, None] == blocks[None, :]
-            times = tl.sum(same.to(tl.int32), 1)       # how often its block is chosen: 0 or 1
-            is_granted = tile >= chosen_tiles
-            p = tl.where(is_granted, granted, p)
-            here = tl.where(is_granted, (granted < t) & (times == 0), here)
-        k_tile = load_rows(k_cache, b, h, p, here, DH, BD)                              # (BN, BD)
-        v_tile = load_rows(v_cache, b, h, p, here, DH, BD)
-        acc, l, m = add_rows(q_row, k_tile, v_tile, here, acc, l, m)
-    finish_share(y, k_state, v_state, k_cache, v_cache, partial, arrived, acc, l, m, q_row, new,
-                 d, bh, b, h, t, RECURRENCE, HELD, DH, BS)
-
-
-DECODE_TILES = {                                       # for 128 channels: the fastest on an H100
-    "choose": dict(BN=64, STAGES=2, num_warps=4),
-    "attend": dict(BN=32, STAGES=3, num_warps=4),
-}
-
-
-def decode_tiles(kind, BD):
-    tiles = dict(DECODE_TILES[kind])
-    if BD > 128:
-        tiles["BN"] = max(16, tiles["BN"] * 128 // BD)
-    return tiles
-
-
-def decode_topk(token, cache, rope, seen, splits=None):
-    """`decode` for a model.TopkCache: as there, and cache.summaries are renewed."""
-    require_token(token, cache)
-    q = token[1]
-    rule = cache.rule
-    B, h, Dh = q.shape
-    slots = cache.k.shape[2]
-    n = slots // rule.block
-    K = min(rule.topk, n)
-    BD = triton.next_power_of_2(Dh)
-    chosen = q.new_empty(B * h, K, dtype=torch.int32)
-    scores = q.new_empty(B * h, n, dtype=torch.float32)
-    BK = triton.next_power_of_2(K)
-    constants = dict(K=K, N=rule.block, BK=BK)
-    launch(decode_choose_kernel, B * h, q, token_rows(q), *rope, rows(cache.k),
-           rows(cache.summaries), seen, scores, chosen, h, n, SCORE=rule.score,
-           BS=max(16, triton.next_power_of_2(n)), BR=triton.next_power_of_2(rule.block),
-           DH=Dh, BD=BD, **early_start(q), **constants, **decode_tiles("choose", BD))
-    tiles = decode_tiles("attend", BD)
-    keys = K * rule.block + rule.window + rule.sinks
-    if rule.dilation:
-        keys += slots // rule.dilation
-    splits = splits or split_count(B * h, keys, tiles["BN"], q.device)
-    return launch_decode(decode_blocks_kernel, token, cache, rope, seen, splits, chosen,
-                         GRANTED=any(rule.span), SPAN=span_of(*rule.span),
-                         HELD=span_of(*cache.layout.span), **constants, **tiles)
+    return torch.cat(y, dim=2) if len(y) > 1 else y[0]
 
 
 # ---------------------------------------------------------------------------------------------
 # The output head and its loss
 #
-# What is slow: PyTorch holds the logits of all N = B T tokens, N V numbers, 6.6 GB for 65,536
-# tokens of GPT-2's vocabulary in bf16, and as much again in float32. Here tokens go by in chunks. A
-# chunk's logits become their own gradient in place, and the gradients of x and of the weight follow
-# from it at once, so backward only scales them. With z_n = W x_n and target y_n:
+# What is slow: PyTorch holds the logits of all N = B T tokens, N V numbers, several times over.
+# Here tokens go by in chunks. A chunk's logits z become their own gradient in place, and the
+# gradients of x and of the weight W follow from it at once, so backward only scales them:
 #
-#   loss = sum_n logsumexp(z_n) - z_n[y_n]
-#   dz_n = softmax(z_n) - onehot(y_n)        dx_n = W^T dz_n        dW = sum_n dz_n x_n^T
+#   z_n = W x_n      loss_n = logsumexp(z_n) - z_n[y_n]      dz_n = softmax(z_n) - onehot(y_n)
+#                    dx_n = W^T dz_n                         dW = sum_n dz_n x_n^T
 #
 # The kernel. A program takes a row z (V,): once for the sum, each of its BV lanes with a running
-# maximum of its own, and once for dz, which takes the place of z. Scores are in units of log2.
-# Grid: rows. Bytes per logit in bf16: reads 2, writes 2; the second reading finds the row, 100 KB
-# at a vocabulary of 50304, in the L2 cache, if few rows are under way at once. So a program takes
-# 32 warps, which leaves room for two a processor, and the hints of eviction keep in the cache what
-# is read again. H100, 8192 rows: 0.82 ms with 8 warps and without hints, 0.66 so (2.5 TB/s). A row
-# held in registers would be read once, but it does not fit (46 spilled, 1.2 ms).
+# maximum of its own, and once for dz. Grid: rows. Bytes per logit in bf16: reads 2, writes 2; the
+# second reading finds the row, 100 KB at a vocabulary of 50304, in the L2 cache, if few rows are
+# under way at once. So a program takes 32 warps, two programs a processor, and hints of eviction
+# keep what is read again. 8192 rows: H100 0.66 ms (2.5 TB/s); H200 by torch.compile 1.06.
 
 @jit
-def cross_entropy_kernel(z, y, loss, V, BV: tl.constexpr, GRAD: tl.constexpr):
-    """z (rows, V) contiguous, replaced by dz if GRAD; y (rows,) int64; loss (rows,) float32.
+def cross_entropy_kernel(z, y, loss, V, BV: constexpr, GRAD: constexpr):
+    """z (N, V), replaced by dz if GRAD; y (N,) int64; loss (N,) float32.
 
     A row whose target is -100 counts nothing. Any other target outside [0, V) makes the loss and dz
     NaN.
@@ -2550,39 +2123,32 @@ def cross_entropy_kernel(z, y, loss, V, BV: tl.constexpr, GRAD: tl.constexpr):
     counted = label != -100
     right = (label >= 0) & (label < V)
     factor = tl.where(right, 1.0, float("nan"))
-    z_y = load_float(z + label, right, 0) * LOG2E
+    z_y = load_float(z + label, right, 0)
     m = tl.full((BV,), LOWEST, tl.float32)
     l = tl.zeros((BV,), tl.float32)
     for v0 in range(0, V, BV):
         live = v0 + v < V
         s = tl.load(z + v0 + v, mask=live, other=-float("inf"), eviction_policy="evict_last")
-        s = s.to(tl.float32) * LOG2E
-        e = tl.exp2(-tl.abs(s - m))                    # the factor of the smaller of the two
+        s = s.to(tl.float32)
+        e = tl.exp2(-tl.abs(s - m) * LOG2E)            # the factor of the smaller of the two
         l = tl.where(s > m, l * e + 1, l + e)
         m = tl.maximum(m, s)
     top = tl.max(m, 0)                                 # waits for all threads: z_y has been read
-    lse = top + tl.log2(tl.sum(l * tl.exp2(m - top), 0))
-    tl.store(loss + row, tl.where(counted, (lse - z_y) / LOG2E * factor, 0))
+    total = tl.log2(tl.sum(l * tl.exp2((m - top) * LOG2E), 0))
+    tl.store(loss + row, tl.where(counted, (top - z_y + total / LOG2E) * factor, 0))
     if GRAD:
         for v0 in range(0, V, BV):
             live = v0 + v < V
             s = tl.load(z + v0 + v, mask=live, other=0, eviction_policy="evict_first")
-            s = s.to(tl.float32) * LOG2E
-            dz = (tl.exp2(s - lse) - tl.where(v0 + v == label, 1.0, 0.0)) * factor
-            dz = tl.where(counted, dz, 0).to(z.dtype.element_ty)
-            tl.store(z + v0 + v, dz, mask=live, eviction_policy="evict_first")
+            dz = tl.exp2((s.to(tl.float32) - top) * LOG2E - total)
+            dz = tl.where(counted, (dz - tl.where(v0 + v == label, 1.0, 0.0)) * factor, 0)
+            tl.store(z + v0 + v, dz.to(s.dtype), mask=live, eviction_policy="evict_first")
 
 
 def cross_entropy_(z, y, grad):
-    """Cross-entropy of each row of logits z (rows, V), contiguous, under its target y (rows,)
-    int64: (rows,) float32.
-
-    With `grad`, z is replaced by its gradient.
+    """Cross-entropy of each row of logits z (N, V), contiguous, under its target y (N,) int64: (N,)
+    float32. With `grad`, z is replaced by its gradient.
     """
-    require_alike("cross_entropy_", z=z)
-    right = y.shape == z.shape[:1] and y.dtype == torch.int64 and y.device == z.device
-    require(right and z.is_contiguous(), f"cross_entropy_: contiguous logits {tuple(z.shape)} want "
-            f"int64 targets (rows,) beside them, got {tuple(y.shape)} {y.dtype}")
     loss = z.new_empty(len(z), dtype=torch.float32)
     BV = min(4096, max(128, triton.next_power_of_2(z.shape[1])))
     launch(cross_entropy_kernel, len(z), z, z, y.contiguous(), loss, z.shape[1],
@@ -2591,26 +2157,24 @@ def cross_entropy_(z, y, grad):
 
 
 class HeadLoss(torch.autograd.Function):
-    """The summed loss of x (N, C), weight (V, C) and targets (N,), in chunks of `chunk` tokens,
-    enough to keep products busy.
-
-    Bytes held in bf16: 2 chunk V of logits, 4 N C of dx, 4 V C of dW.
+    """The summed loss of x (N, C), weight (V, C) and targets y (N,), in chunks of `chunk` tokens,
+    enough to keep products busy. dtype: of these products.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype, grad, chunk=8192):
+    def forward(ctx, x, weight, y, dtype, grad, chunk=8192):
         w = weight.to(dtype)
-        loss = x.new_zeros((), dtype=torch.float32)
-        dx = []
         dw = torch.zeros_like(weight, dtype=torch.float32) if grad else None
-        for x_chunk, y in zip(x.to(dtype).split(chunk), targets.split(chunk)):
+        dx = []
+        total = x.new_zeros((), dtype=torch.float32)
+        for x_chunk, y_chunk in zip(x.to(dtype).split(chunk), y.split(chunk)):
             z = x_chunk @ w.T                                                           # (chunk, V)
-            loss = loss + cross_entropy_(z, y, grad).sum()
+            total = total + cross_entropy_(z, y_chunk, grad).sum()
             if grad:  # z is dz now
                 dx.append(z @ w)
                 dw += z.T @ x_chunk
         if grad:
             ctx.save_for_backward(torch.cat(dx).to(x.dtype), dw.to(weight.dtype))
-        return loss
+        return total
 
     @staticmethod
     def backward(ctx, dloss):
@@ -2620,360 +2184,6 @@ class HeadLoss(torch.autograd.Function):
         return dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype), None, None, None, None
 
 
-def head_loss(x, weight, targets, dtype):
-    """model.head_loss by the kernel: x (N, C), weight (V, C), targets (N,) int64; dtype: of the
-    matrix products.
-    """
-    require(targets.shape == x.shape[:1] and x.shape[1:] == weight.shape[1:],
-            f"head_loss: x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets "
-            f"{tuple(targets.shape)} do not match")
-    return HeadLoss.apply(x, weight, targets, dtype, torch.is_grad_enabled())
-
-
-# ---------------------------------------------------------------------------------------------
-# The timings: `python kernels.py`
-
-class Timing(NamedTuple):
-    """A row of the table. ours and peers: functions without arguments, timed as they are.
-
-    n_bytes, flops: the fewest that the work takes. peers: {name: function}, PyTorch's own ways.
-    check: the name of the peer whose result ours must equal.
-    """
-    work: str
-    ours: object
-    n_bytes: float
-    flops: float
-    peers: dict
-    check: str | None
-
-
-def milliseconds(run, repeats=20, calls=5):
-    """Median time of run() on the GPU: replays of a CUDA graph, so that the host's launching is
-    left out. Replays for a tenth of a second come first: an idle GPU takes a while to speed up, and
-    a busy one slows down to its limit of power.
-    """
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(calls):
-            run()
-    began = time.perf_counter()
-    while time.perf_counter() - began < 0.1:
-        graph.replay()
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return sorted(times)[repeats // 2]
-
-
-def attempt(run):
-    """milliseconds of a peer, or why there are none: it may not support this, or run out of memory.
-    """
-    try:
-        return milliseconds(run)
-    except torch.cuda.OutOfMemoryError:
-        return "out of memory"
-    except Exception as error:                         # peers under torch.compile raise all kinds
-        return f"unsupported ({type(error).__name__})"
-    finally:
-        torch.cuda.empty_cache()
-
-
-def randn(*shape, dtype=torch.bfloat16):
-    return torch.randn(shape, device="cuda", dtype=dtype)
-
-
-def with_gradients(run, inputs):
-    """run(*inputs) and its backward pass as a function; it returns the gradients of the inputs."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    outputs = as_tuple(run(*inputs))
-    grads = [torch.randn_like(y) for y in outputs]
-    return lambda: torch.autograd.grad(as_tuple(run(*inputs)), inputs, grads)
-
-
-def as_tuple(found):
-    return found if isinstance(found, tuple) else (found,)
-
-
-def scan_torch(k, v, g):
-    """Equation (2) by PyTorch's associative_scan in float32: k_rec and v_rec."""
-    from torch._higher_order_ops.associative_scan import associative_scan
-    a = torch.sigmoid(g.float())
-    rest = torch.sigmoid(-g.float())
-
-    def step(x, y):
-        return x[0] * y[0], y[0] * x[1] + y[1], y[0] * x[2] + y[2]
-
-    _, k_rec, v_rec = associative_scan(step, (a, rest * k, rest * v), 1, combine_mode="pointwise")
-    return k_rec.to(k.dtype), v_rec.to(v.dtype)
-
-
-def scan_ours(k, v, g):
-    return recurrence(k, v, g)[:2]
-
-
-def dense(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def flex(span, T):
-    """PyTorch's flex_attention, compiled, under the mask of equation (4)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    torch._dynamo.reset()
-    D, W, S = span
-
-    def mask(b, h, t, p):
-        grid = (p + 1) % D == 0 if D else p < 0
-        return (p <= t) & (grid | (t - p <= W) | (p < S))
-
-    block_mask = create_block_mask(mask, None, None, T, T, "cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
-
-
-def keys_per_query(span, T):
-    D, W, S = span
-    t = torch.arange(T).double()
-    grid = ((t - W).clamp(min=0) / D).floor() if D else 0
-    return (grid + t.clamp(max=W) + 1 + (t - W).clamp(0, S)).mean().item()
-
-
-def time_recurrence(B, T, C):
-    kvg = randn(B, T, 5 * C).split(C, dim=-1)[2:]
-    n = B * T * C
-    work = f"recurrence, B{B} T{T} C{C}"
-    grads = f"{work}, forward + backward"
-    compiled = torch.compile(scan_torch)
-    peers = {"associative_scan": lambda: compiled(*kvg)}
-    yield Timing(work, lambda: scan_ours(*kvg), 10 * n, 0, peers, "associative_scan")
-    yield Timing(grads, with_gradients(scan_ours, kvg), 30 * n, 0, {}, None)
-
-
-def time_attention(B, H, T, Dh, name, span):
-    qkv = [randn(B, T, H, Dh).transpose(1, 2) for _ in range(3)]
-    n = B * H * T * Dh
-    flops = n * keys_per_query(span, T)
-    work = f"attention {name}, B{B} H{H} T{T} Dh{Dh}"
-    masked = flex(span, T)
-    ways = {"dense SDPA": dense, "flex_attention": masked}
-    ours = lambda q, k, v: attention(q, k, v, *span)
-    peers = {"dense SDPA": lambda: dense(*qkv), "flex_attention": lambda: masked(*qkv)}
-    yield Timing(work, lambda: ours(*qkv), 8 * n, 4 * flops, peers, "flex_attention")
-    both = with_gradients(ours, qkv)
-    peers = {name: with_gradients(run, qkv) for name, run in ways.items()}
-    yield Timing(f"{work}, forward + backward", both, 24 * n, 14 * flops, peers, None)
-
-
-class TimedRule(NamedTuple):
-    """What top-k attention asks of a model.Rule."""
-    block: int
-    topk: int
-    dilation: int = 0
-    window: int = 0
-    sinks: int = 0
-    score: str = "mean"
-
-    @property
-    def span(self):
-        return self.dilation, self.window, self.sinks
-
-
-def flex_topk(q, summaries, rule, T):
-    """PyTorch's flex_attention, compiled, under a mask made from the same choice of blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    torch._dynamo.reset()
-    n = summaries.shape[2]
-    b = torch.arange(n, device="cuda")
-    own = torch.arange(T, device="cuda")[:, None] // rule.block
-    scores = q.float() @ summaries.float().mT
-    scores = scores.masked_fill(b == own, math.inf).masked_fill(b > own, -math.inf)
-    best = scores.topk(rule.topk).indices
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-
-    def mask(b, h, t, p):
-        granted = (p + 1) % rule.dilation == 0 if rule.dilation else p < 0
-        return (p <= t) & (chosen[b, h, t, p // rule.block] | granted)
-
-    B, H = q.shape[:2]
-    whole = torch.compile(create_block_mask)           # uncompiled it would hold B H T T numbers
-    block_mask = whole(mask, B, H, T, T, "cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
-
-
-def time_topk(B, H, T, Dh, name, rule):
-    """Attention over top-k blocks; the choice is part of ours, and no part of flex_attention."""
-    qkv = [randn(B, T, H, Dh).transpose(1, 2) for _ in range(3)]
-    summaries = qkv[1].unflatten(2, (-1, rule.block)).mean(3)
-    work = f"attention {name}, B{B} H{H} T{T} Dh{Dh}"
-    n = B * H * T * Dh
-    keys = rule.topk * rule.block + (T / 2 / rule.dilation if rule.dilation else 0)
-    ours = lambda q, k, v: attention_topk(q, k, v, rule, summaries)
-    masked = functools.cache(lambda: flex_topk(qkv[0], summaries, rule, T))    # made in `attempt`
-    peers = {"dense SDPA": lambda: dense(*qkv), "flex_attention": lambda: masked()(*qkv)}
-    yield Timing(work, lambda: ours(*qkv), 8 * n, 4 * n * keys, peers, "flex_attention")
-    both = with_gradients(ours, qkv)
-    peers = {"dense SDPA": with_gradients(dense, qkv)}
-    yield Timing(f"{work}, forward + backward", both, 24 * n, 14 * n * keys, peers, None)
-
-
-class TimedCache(NamedTuple):
-    """What `decode` and `decode_topk` ask of a model.GroupCache and its layout."""
-    k: Tensor
-    v: Tensor
-    state: Tensor
-    span: tuple
-    arrived: Tensor
-    rule: TimedRule | None = None
-    summaries: Tensor | None = None
-
-    @property
-    def layout(self):
-        return self
-
-
-def time_decode(B, T, name, span, H=16, Dh=128):
-    """One step at position T - 1 of a full cache, beside PyTorch's attention of one query over its
-    slots.
-    """
-    D, W, S = span
-    slots = S + W + (T // D if D else 0)
-    state = randn(2, B, H, Dh, dtype=torch.float32)
-    arrived = torch.zeros(B * H, dtype=torch.int32, device="cuda")
-    cache = TimedCache(randn(B, H, slots, Dh), randn(B, H, slots, Dh), state, span, arrived)
-    token = randn(B, 5, H, Dh).unbind(1)
-    rope = randn(2, 1, Dh // 2, dtype=torch.float32)
-    seen = torch.tensor([T - 1], device="cuda")
-    one = lambda: F.scaled_dot_product_attention(token[1][:, :, None], cache.k, cache.v)
-    yield Timing(f"decode {name}, B{B} H{H} T{T} Dh{Dh}", lambda: decode(token, cache, rope, seen),
-                 2 * cache.k.nbytes, 0, {"SDPA of one query": one}, None)
-
-
-def time_decode_topk(B, T, name, rule, H=16, Dh=128):
-    """One step with top-k blocks at position T - 1, beside attention over all positions."""
-    k = randn(B, H, T, Dh)
-    v = randn(B, H, T, Dh)
-    state = randn(2, B, H, Dh, dtype=torch.float32)
-    summaries = randn(B, H, T // rule.block, Dh)
-    arrived = torch.zeros(B * H, dtype=torch.int32, device="cuda")
-    cache = TimedCache(k, v, state, (1, 0, 0), arrived, rule, summaries)
-    token = randn(B, 5, H, Dh).unbind(1)
-    rope = randn(2, 1, Dh // 2, dtype=torch.float32)
-    seen = torch.tensor([T - 1], device="cuda")
-    dense = lambda: F.scaled_dot_product_attention(token[1][:, :, None], k, v)
-    keys = rule.topk * rule.block + (T // rule.dilation if rule.dilation else 0)
-    n_bytes = 4 * B * H * Dh * keys + summaries.nbytes
-    yield Timing(f"decode {name}, B{B} H{H} T{T} Dh{Dh}",
-                 lambda: decode_topk(token, cache, rope, seen), n_bytes, 0,
-                 {"SDPA of one query": dense}, None)
-
-
-RULES = {"N64K16": TimedRule(64, 16), "D64N64K8": TimedRule(64, 8, 64)}
-SPANS = {
-    "D1": (1, 0, 0),
-    "D16": (16, 0, 0),
-    "D64": (64, 0, 0),
-    "D16W256S4": (16, 256, 4),
-    "W1024S4": (0, 1024, 4),
-}
-
-
-WORKS = "recurrence", "attention", "top-k", "decode"
-
-
-def timings(works, quick):
-    """The rows of these works; quick: every second shape and pattern."""
-    every = 2 if quick else 1
-    if "recurrence" in works:
-        for shape in ((4, 8192, 2048), (1, 65536, 2048), (32, 2048, 512))[::every]:
-            yield from time_recurrence(*shape)
-    if "attention" in works:
-        for shape in ((4, 16, 8192, 128), (8, 12, 4096, 64))[::every]:
-            for name in ("D16", "D64", "D16W256S4", "W1024S4")[::every]:
-                yield from time_attention(*shape, name, SPANS[name])
-    if "top-k" in works:
-        for shape in ((4, 16, 8192, 128), (1, 16, 16384, 128))[::every]:
-            for name, rule in RULES.items():
-                yield from time_topk(*shape, name, rule)
-        for name, rule in RULES.items():
-            yield from time_decode_topk(44, 16384, name, rule)
-    if "decode" in works:
-        for B, T in ((128, 4096), (64, 16384))[::every]:
-            for name in ("D1", "D16", "D64", "D16W256S4")[::every]:
-                yield from time_decode(B, T, name, SPANS[name])
-
-
-def limits():
-    """(bytes per ms of an elementwise pass, read and written; FLOP per ms of a matrix product),
-    measured here.
-    """
-    a = randn(1 << 29)
-    b = torch.empty_like(a)
-    bandwidth = 2 * a.nbytes / milliseconds(lambda: torch.mul(a, 2, out=b))
-    left = a[:8192**2].view(8192, 8192)
-    right = a[-8192**2:].view(8192, 8192)
-    product = torch.empty_like(left)
-    rate = 2 * 8192**3 / milliseconds(lambda: torch.mm(left, right, out=product))
-    return bandwidth, rate
-
-
-def relative_error(ours, theirs):
-    """Of the first output, as text."""
-    found = as_tuple(ours)[0].float()
-    want = as_tuple(theirs)[0].float()
-    return f"{((found - want).norm() / want.norm()).item():.0e}"
-
-
-def table_row(timing, bandwidth, rate):
-    """A line of the table."""
-    ms = milliseconds(timing.ours)
-    limit = max(timing.n_bytes / bandwidth, timing.flops / rate)
-    error = ""
-    told = []
-    for name, run in timing.peers.items():
-        found = attempt(run)
-        if isinstance(found, str):
-            told.append(f"{name} {found}")
-            continue
-        told.append(f"{name} {found:.3f} ({found / ms:.2f})")
-        if name == timing.check:
-            error = relative_error(timing.ours(), run())
-    cells = timing.work, f"{ms:.3f}", f"{limit:.3f}", f"{limit / ms:.0%}", error, ", ".join(told)
-    return f"| {' | '.join(cells)} |"
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Time the kernels on a GPU beside PyTorch's own.")
-    parser.add_argument("--quick", action="store_true", help="every second shape and pattern")
-    parser.add_argument("work", nargs="*", help=f"of {', '.join(WORKS)}; default: all")
-    flags = parser.parse_args()
-    unknown = sorted({*flags.work} - {*WORKS})
-    if unknown:
-        parser.error(f"{unknown[0]!r} is not one of {', '.join(WORKS)}")
-    if not torch.cuda.is_available():
-        sys.exit("kernels.py times kernels on a GPU, and there is none; tests/ check them on a CPU")
-    print(f"torch {torch.__version__} | {path('cuda')}")
-    bandwidth, rate = limits()
-    print(f"measured here, bfloat16: {bandwidth / 1e9:.2f} TB/s in an elementwise pass (read + "
-          f"written), {rate / 1e9:.0f} TFLOP/s in a matrix product of 8192^3.\n"
-          "limit: the fewest bytes or FLOPs of the work at these rates, the slower of the two. "
-          "error: relative, of the first output, to a peer's.\n\n"
-          "| work | ms | limit ms | of limit | error | peers, ms (times ours) |\n"
-          "|---|---|---|---|---|---|")
-    for timing in timings(flags.work or WORKS, flags.quick):
-        print(table_row(timing, bandwidth, rate), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def head_loss(x, weight, y, dtype):
+    """Output head and cross-entropy, summed over the targets that are not -100: float32."""
+    return HeadLoss.apply(x, weight, y, dtype, torch.is_grad_enabled())

@@ -1,39 +1,21 @@
-"""The kernels of top-k blocks, interpreted or on a GPU, against the definition in float64."""
+"""Top-k blocks on both paths against a loop in float64: the choice, attention, decoding."""
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-import model
-import kernels as topk
-from model import Group, Layout, Rule, TopkCache
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3}
-
-
-def relative_error(x, ref):
-    x, ref = x.double(), ref.double()
-    return ((x - ref).norm() / ref.norm().clamp(min=1)).item()
-
-
-#         B   T    n   dilation, window, sinks, block, topk, score
-CASES = [(2, 70, 70, 0, 0, 0, 8, 3, "mean"),               # N divides no T
-         (1, 64, 64, 0, 0, 0, 16, 1, "mean"),              # K 1: its own block alone
-         (1, 70, 70, 0, 0, 0, 16, 99, "last"),             # more than all blocks: dense
-         (1, 40, 110, 8, 0, 0, 8, 4, "minmax"),            # a chunk of a longer sequence
-         (2, 70, 70, 4, 20, 9, 7, 3, "mean"),              # the grid crosses the blocks
-         (1, 80, 80, 0, 30, 4, 16, 2, "minmax"),           # a window and sinks, no grid
-         (1, 150, 150, 0, 0, 0, 70, 2, "last"),            # a block of more than one tile
-         (1, 20, 20, 5, 0, 0, 1, 6, "mean"),               # blocks of one position
-         (1, 20, 20, 0, 3, 0, 50, 2, "mean")]              # a block larger than the text
+pytest.importorskip("triton", reason="triton is not installed")
+import kernels
+from model import Rule, attend
+from test_decode import assert_decodes
+from test_kernels import DEVICE, GPU, LIMITS, check_decode, randn
+from test_model import SCORES, assert_same, tiny
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """All memory that the kernels are given holds NaN, or an integer that is no index."""
-    torch.manual_seed(0)
-
     def poison(make):
         def made(*args, **kwargs):
             x = make(*args, **kwargs)
@@ -44,217 +26,189 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
-def randn(*shape, dtype=torch.float32):
-    return torch.randn(shape, device=DEVICE).to(dtype)
+def block_score(q, keys, score):
+    """The score of one block, keys (N, Dh), for one query (Dh,); NaN is the least."""
+    if score == "mean":
+        value = (keys @ q).mean()
+    elif score == "last":
+        value = keys[-1] @ q
+    else:
+        value = torch.maximum(q * keys.amax(0), q * keys.amin(0)).sum()
+    return value.nan_to_num(nan=-math.inf).item()
 
 
-def whole_summaries(k, block, score):
-    """Of all blocks before the last position's."""
-    block = min(block, k.shape[2])
-    return model.block_summaries(k[:, :, :(k.shape[2] - 1) // block * block], block, score)
+def topk_mask(q, k, rule):
+    """(T, n) bool of one head: what the last T of n queries attend to, block by block."""
+    n = len(k)
+    p = torch.arange(n)
+    mask = rule.allowed(p[:, None], p)
+    for t in range(n - len(q), n):
+        own = t // rule.block
+        blocks = k[:own * rule.block].split(rule.block) if own else []
+        values = [block_score(q[t - n], block, rule.score) for block in blocks]
+        best = sorted(range(own), key=lambda b: -values[b])[:rule.topk - 1]
+        mask[t] |= torch.isin(p // rule.block, torch.tensor([own, *best])) & (p <= t)
+    return mask[n - len(q):]
 
 
-def choice(words, T, n, block):
-    """(B * H, T, blocks) bool: what the words say, of the query's own block and those before."""
-    taken = ((words[..., None] >> torch.arange(64, device=DEVICE)) & 1).flatten(2)[..., :T].mT > 0
-    own = torch.arange(n - T, n, device=DEVICE)[:, None] // block
-    return taken & (torch.arange(words.shape[1], device=DEVICE) <= own)
+def check_attention(q, k, v, rule, limit=1e-5):
+    """y and every gradient: none flows through the choice. q: the last T of n positions."""
+    rule = Rule.parse(rule)
+    heads = zip(q.flatten(0, 1).double().cpu(), k.flatten(0, 1).double().cpu())
+    mask = torch.stack([topk_mask(*head, rule) for head in heads])
+    mask = mask.view(*q.shape[:2], *mask.shape[1:]).to(DEVICE)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    y = attend(*inputs, rule)
+    y64 = F.scaled_dot_product_attention(*exact, attn_mask=mask)
+    dy = torch.randn_like(y)
+    found = y, *torch.autograd.grad(y, inputs, dy)
+    expected = y64, *torch.autograd.grad(y64, exact, dy.double())
+    for name, x, ref in zip(("y", "dq", "dk", "dv"), found, expected):
+        assert_same(f"{name} of {rule}", x, ref, limit, floor=1)
 
 
-def best_blocks(scores, own, K):
-    """(T, blocks) bool by a loop: a query's own block, then the best; of equals the first."""
-    taken = torch.zeros_like(scores, dtype=torch.bool)
-    for t, row in enumerate(scores.tolist()):
-        order = sorted(range(own[t]), key=lambda b: -row[b])
-        taken[t, [own[t], *order[:K - 1]]] = True
-    return taken
+CASES = [
+    (2, 70, 70, "N8K3"),                                   # N divides no T
+    (1, 64, 64, "N16K1"),                                  # its own block alone
+    (1, 70, 70, "N16K99:last"),                            # more than all blocks: dense
+    (1, 40, 110, "D8N8K4:minmax"),                         # a chunk of a longer sequence
+    (2, 70, 70, "D4W20S9N7K3"),                            # the grid crosses the blocks
+    (1, 30, 75, "D4W5S9N7K3"),
+    (1, 80, 80, "W30S4N16K2:minmax"),                      # a window and sinks, no grid
+    (1, 150, 150, "N70K2:last"),                           # a block of more than one tile
+    (1, 20, 20, "D5N1K6"),                                 # blocks of one position
+    (1, 20, 20, "W3N50K2"),                                # a block larger than the text
+]
 
 
-@pytest.mark.parametrize("T, n, block, K, score, levels", [
-    (100, 100, 8, 3, "mean", 0), (70, 150, 7, 4, "minmax", 0), (65, 65, 8, 20, "last", 0),
-    (100, 100, 4, 5, "mean", 2),                           # scores of few values: many are equal
-    (8, 330, 1, 12, "last", 0),
-    (8, 140, 1, 12, "last", 3)])                           # the same over several tiles
-def test_choice_is_the_best_blocks_and_of_equals_the_first(T, n, block, K, score, levels):
-    """Every query's blocks, and the lists: each pair once, in the order of queries."""
-    heads = 1 if levels else 2                             # ties take long in the interpreter
-    q, k = randn(1, heads, T, 16), randn(1, heads, n, 16)
-    if levels:                                             # exact sums, so that ties are exact
-        q, k = (x.mul(levels / 2).round() * (torch.arange(16, device=DEVICE) < 2) for x in (q, k))
-    check_choice(q, k, block, K, score)
+@pytest.mark.parametrize("B, T, n, rule", CASES, ids=str)
+def test_attention_and_every_gradient(device, B, T, n, rule):
+    q = randn(B, T, 2, 16).transpose(1, 2)                 # no tensor is contiguous
+    k, v = (randn(B, n, 2, 16).transpose(1, 2) for _ in "kv")
+    check_attention(q, k, v, rule)
 
 
-def test_choice_where_the_best_blocks_share_a_lane():
-    """The first pass keeps four scores a lane; here one lane holds all that should be chosen."""
+@pytest.mark.parametrize("B, T, n, rule", [CASES[4], CASES[0]], ids=str)
+def test_attention_in_float16_cut_into_short_calls(kernels_on, monkeypatch, B, T, n, rule):
+    monkeypatch.setattr(kernels, "PARTS_BYTES", 0)
+    monkeypatch.setattr(kernels, "LEAST_QUERIES", 64)
+    q, k, v = (randn(B, 2, T, 16, dtype=torch.float16) for _ in "qkv")
+    check_attention(q, k, v, rule, LIMITS[torch.float16])
+
+
+@pytest.mark.parametrize("Dh", [24, 128])
+def test_attention_of_other_widths(kernels_on, Dh):
+    """No power of 2; 512 bytes, which take other tiles."""
+    q, k, v = (randn(1, 1, 50, Dh) for _ in "qkv")
+    check_attention(q, k, v, "D8W4N20K3:minmax")
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: the tensor cores' bfloat16 products")
+@pytest.mark.parametrize("Dh", [64, 128])
+@pytest.mark.parametrize("rule", ["N64K16", "D64N64K8", "W100S4N64K4"])
+def test_attention_in_bfloat16_on_a_gpu(rule, Dh):
+    """With keys of few values, so that the scores of float64 are those of bfloat16."""
+    q, v = (randn(1, 2, 1500, Dh, dtype=torch.bfloat16) for _ in "qv")
+    k = randn(1, 2, 1500, Dh, dtype=torch.bfloat16)
+    check_attention(q, k, v, f"{rule}:last", LIMITS[torch.bfloat16])
+
+
+@pytest.mark.parametrize("T, n, rule, levels", [
+    (60, 60, "N4K5", 2), (8, 140, "N1K12:last", 3), (20, 50, "D4N4K3:minmax", 1)])
+def test_of_equal_scores_the_earliest_block_is_chosen(device, T, n, rule, levels):
+    """Keys of few values give exact sums, and many that are equal."""
+    few = torch.arange(16, device=DEVICE) < 2
+    q = randn(1, 1, T, 16).mul(levels / 2).round() * few
+    k = randn(1, 1, n, 16).mul(levels / 2).round() * few
+    check_attention(q, k, randn(1, 1, n, 16), rule)
+
+
+def test_where_the_best_blocks_share_a_lane(kernels_on):
+    """The kernel's first pass keeps four scores a lane; here one lane holds all to be chosen."""
     k = randn(1, 1, 600, 16)
     k[:, :, 5::64] *= 10                                   # with N 1, lane 5 of each tile of 64
     k[:, :, 5::64, 0] = 50
     q = randn(1, 1, 3, 16)
     q[..., 0] = 1
-    check_choice(q, k, 1, 8, "last")
+    check_attention(q, k, randn(1, 1, 600, 16), "N1K8:last")
 
 
-def check_choice(q, k, block, K, score):
-    T, n = q.shape[2], k.shape[2]
-    summaries = whole_summaries(k, block, score)
-    words, pairs, ends = topk.choose_blocks(q, summaries, n, block, K)
-    words = words.flatten(0, 1)
-    taken = choice(words, T, n, block)
-    own = [t // block for t in range(n - T, n)]
-    scores = model.block_scores(q, summaries, score).flatten(0, 1)
-    scores = torch.nn.functional.pad(scores, (0, 1))       # room for the last query's own block
-    for head in range(len(taken)):
-        expected = best_blocks(scores[head], own, K)
-        assert taken[head].equal(expected), f"head {head}: {(taken[head] != expected).sum()} differ"
-    queries = taken.mT.nonzero()                           # by head, block, query
-    total = ends[-1].item()
-    assert total == len(queries) and (pairs[:total] // K).equal(queries[:, 2].int()), "the lists"
-    slots = torch.stack((queries[:, 0] * T * K, pairs[:total])).sum(0)
-    assert len(slots.unique()) == total, "two pairs share a row"
+def test_nan_is_the_least_score_and_zeros_are_equal(kernels_on):
+    """Blocks 1 and 2 of zeros are the first of equal scores."""
+    q = torch.ones(1, 1, 20, 16, device=DEVICE)
+    k = torch.zeros(1, 1, 80, 16, device=DEVICE)
+    k[:, :, 8:16] = -0.0
+    k[:, :, 3] = math.nan
+    v = randn(1, 1, 80, 16)
+    y = attend(q, k, v, Rule.parse("N8K3"))
+    for i, t in enumerate(range(60, 80)):
+        own = v[0, 0, t // 8 * 8:t + 1]
+        expected = torch.cat((v[0, 0, 8:24], own)).mean(0)
+        assert_same(f"query {t}", y[0, 0, i], expected)
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("B, T, n, dilation, window, sinks, block, K, score", CASES)
-def test_attention_and_every_gradient(B, T, n, dilation, window, sinks, block, K, score, dtype):
-    if dtype == torch.float16 and block != 7:
-        pytest.skip("one case in float16 is enough")
-    rule = Rule(dilation, window, sinks, block, K, score)
-    q = randn(B, T, 2, 16, dtype=dtype).transpose(1, 2)    # no tensor is contiguous
-    k, v = (randn(B, n, 2, 16, dtype=dtype).transpose(1, 2) for _ in "kv")
-    check_attention(q, k, v, rule, LIMITS[dtype])
+def test_the_limits_of_topk_are_the_other_patterns(device):
+    q, k, v = randn(3, 1, 2, 50, 8)
+
+    def under(text):
+        return attend(q, k, v, Rule.parse(text))
+
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for text in ("N8K7", "N8K999999999", "N1K50", "N50K1", "N999999999K1", "D1N8K2", "W49N8K2",
+                 "S50N8K2"):
+        assert_same(f"{text} is dense", under(text), dense)
+    assert_same("N1K1: only itself", under("N1K1"), v)
+    for text in ("D16", "W5S3", "D7W2S1"):
+        assert_same(f"{text}N1K1 is {text}", under(f"{text}N1K1"), under(text))
 
 
-def attend(q, k, v, rule):
-    summaries = whole_summaries(k.detach(), rule.block, rule.score)
-    return topk.attention_topk(q, k, v, rule, summaries)
-
-
-def attend_plainly(q, k, v, rule):
-    """The last queries of k's positions, by the definition."""
-    T, n = q.shape[2], k.shape[2]
-    rule = rule.within(n)
-    padded = torch.nn.functional.pad(k.detach(), (0, 0, 0, -n % rule.block))
-    summaries = model.block_summaries(padded, rule.block, rule.score)
-    return model.attention_topk(q, k, v, summaries, torch.arange(n - T, n, device=DEVICE), rule)
-
-
-def check_attention(q, k, v, rule, limit):
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    y = attend(*inputs, rule)
-    y64 = attend_plainly(*exact, rule)
-    dy = randn(*y.shape)
-    grads = torch.autograd.grad(y, inputs, dy.to(y.dtype))
-    grads64 = torch.autograd.grad(y64, exact, dy.double())
-    for name, x, x64 in zip(("y", "dq", "dk", "dv"), (y, *grads), (y64, *grads64)):
-        error = relative_error(x, x64)
-        assert error < limit, f"{name} has relative error {error:.1e}"
-
-
-def test_attention_of_a_width_that_is_no_power_of_2():
-    q, k, v = (randn(1, 1, 50, 24) for _ in "qkv")
-    check_attention(q, k, v, Rule(8, 4, 0, 8, 3, "minmax"), 1e-5)
-
-
-def test_attention_of_wide_heads():
-    q, k, v = (randn(1, 1, 30, 128) for _ in "qkv")        # 512 bytes: other tiles
-    check_attention(q, k, v, Rule(8, 4, 0, 20, 2), 1e-5)
-
-
-def test_long_calls_are_cut_and_give_the_same(monkeypatch):
-    monkeypatch.setattr(topk, "PARTS_BYTES", 0)
-    monkeypatch.setattr(topk, "LEAST_QUERIES", 64)
-    q, k, v = (randn(1, 1, 150, 16) for _ in "qkv")
-    check_attention(q, k, v, Rule(16, 0, 0, 16, 3), 1e-5)
-
-
-def test_the_same_input_gives_the_same_gradients_to_the_bit():
-    T = 80 if DEVICE == "cuda" else 20                     # the interpreter runs one by one anyway
+def test_the_same_input_gives_the_same_gradients_to_the_bit(kernels_on):
+    T = 80 if GPU else 20                                  # the interpreter runs one by one anyway
     q, k, v = (randn(1, 2, T, 16).requires_grad_() for _ in "qkv")
-
-    def gradients():
-        y = attend(q, k, v, Rule(8, 5, 0, 8, 3))
-        return torch.autograd.grad(y.square().sum(), (q, k, v))
-
-    for name, first, second in zip("qkv", gradients(), gradients()):
+    results = []
+    for _ in range(2):
+        y = attend(q, k, v, Rule.parse("D8W5N8K3"))
+        results.append(torch.autograd.grad(y.square().sum(), (q, k, v)))
+    for name, first, second in zip("qkv", *results):
         assert first.equal(second), f"d{name} differs"
 
 
-def test_keys_that_no_query_chose_are_not_read():
-    q, k, v = randn(1, 1, 16, 16), randn(1, 1, 160, 16), randn(1, 1, 160, 16)
-    rule = Rule(8, 0, 0, 8, 3)
-    summaries = whole_summaries(k, 8, "mean")
-    before = topk.attention_topk(q, k, v, rule, summaries)
-    words = topk.choose_blocks(q, summaries, 160, 8, 3)[0].flatten(0, 1)
-    free = ~choice(words, 16, 160, 8).any((0, 1))
-    assert free[:18].any()
-    for x in (k, v):
-        x.view(20, 8, 16)[free, :7] = math.nan             # all but the granted last position
-    after = topk.attention_topk(q, k, v, rule, summaries)
-    assert before.equal(after), "y changed"
+def test_keys_that_no_query_chose_are_not_read(kernels_on):
+    """All queries here want block 2, and see the end of each block."""
+    q = torch.ones(1, 1, 16, 16, device=DEVICE)
+    k = randn(1, 1, 160, 16)
+    k[:, :, 16:24] = 9
+    v = randn(1, 1, 160, 16)
+    rule = Rule.parse("D8N8K2:last")
+    before = attend(q, k, v, rule)
+    p = torch.arange(160, device=DEVICE)
+    unread = (p < 144) & (p // 8 != 2) & ((p + 1) % 8 != 0)
+    k[:, :, unread] = math.nan
+    v[:, :, unread] = math.nan
+    assert before.equal(attend(q, k, v, rule))
 
 
-def test_the_operator_is_sound():
-    """Schema, shapes of the fake, autograd registration: what torch.compile relies on."""
-    q, k, v = (randn(1, 1, 20, 16).requires_grad_() for _ in "qkv")
-    arguments = q, k, v, whole_summaries(k.detach(), 8, "mean"), [8, 0, 0, 8, 2]
-    torch.library.opcheck(topk.topk_operator, arguments,
-                          test_utils=("test_schema", "test_autograd_registration"))
-    outputs = topk.topk_operator(*arguments)
-    for real, fake in zip(outputs, topk.new_topk(*arguments), strict=True):
-        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+# ---------------------------------------------------------------------------------------------
+# Decoding
+
+@pytest.mark.parametrize("pattern, splits", [
+    ("N3K2", None), ("D5N3K2:minmax", 3), ("D4W4S2N3K2:last", 2), ("N8K3:last", 1), ("W2N7K4", 5)])
+def test_a_step_by_kernels_is_the_plain_step(pattern, splits):
+    """Within a block and at its border, where its summary is written. Nothing later is read."""
+    size = Rule.parse(pattern).block
+    for t in 0, 1, size, 3 * size - 1, 3 * size, 10 * size + 1:
+        check_decode(pattern, t, splits=splits, Dh=16)
 
 
-#               dilation, window, sinks, block, topk, score, splits
-STEPS = [(0, 0, 0, 3, 2, "mean", None), (5, 0, 0, 3, 2, "minmax", 3), (4, 4, 2, 3, 2, "last", 2)]
+@pytest.mark.parametrize("score", SCORES)
+def test_summaries_of_large_blocks_are_made_in_tiles(score):
+    check_decode(f"N90K2:{score}", 90, H=1)
 
 
-def new_cache(rule, max_len, dtype, B=1, h=2, Dh=16):
-    state = torch.ones(2, B, h, Dh, device=DEVICE, dtype=dtype)
-    like = torch.zeros(B, h, 0, Dh, device=DEVICE, dtype=dtype)
-    return TopkCache(Group(rule), Layout(rule, max_len), like, state)
-
-
-@pytest.mark.parametrize("dilation, window, sinks, block, K, score, splits", STEPS)
-def test_decoding_is_the_plain_step(dilation, window, sinks, block, K, score, splits):
-    """y, caches, state at every position, across full blocks. Nothing after the token is read."""
-    rule = Rule(dilation, window, sinks, block, K, score)
-    max_len = 4 * block
-    ours = new_cache(rule, max_len, torch.float32)
-    exact = new_cache(rule, max_len, torch.float64)
-    for cache in ours.tensors:
-        cache.fill_(math.nan)
-    for t in range(max_len):
-        token = model.Projected(*randn(5, 1, 2, 16))
-        angle = torch.rand(1, 8, device=DEVICE)
-        seen = torch.tensor([t], device=DEVICE)
-        rope = angle.cos(), angle.sin()
-        y = topk.decode_topk(token, ours, rope, seen, splits)
-        y64 = exact.step(token.map(torch.Tensor.double), rope, seen)
-        assert relative_error(y, y64) < 1e-5, f"y at position {t}"
-    for name in ("k", "v", "state"):
-        error = relative_error(getattr(ours, name), getattr(exact, name))
-        assert error < 1e-5, f"{name} {error}"
-    error = relative_error(ours.summaries[:, :, :3], exact.summaries[:, :, :3])
-    assert error < 1e-5, f"summaries {error}"              # the last is written when it is first scored
-
-
-@pytest.mark.parametrize("score", model.SCORES)
-def test_decoding_gives_what_the_sequence_gives(score):
-    """Without recurrence and with an open gate, a step's y is the sequence's attention."""
-    T = 12
-    rule = Rule(5, 0, 0, 3, 2, score)
-    q, k, v = (randn(1, 2, T, 16) for _ in "qkv")
-    y = attend(q, k, v, rule)
-    cache = new_cache(rule, T, torch.float32)
-    still = torch.ones(1, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
-    for t in range(T):
-        gate = torch.full_like(q[:, :, t], 100)
-        token = model.Projected(gate, q[:, :, t], k[:, :, t], v[:, :, t], None)
-        step = topk.decode_topk(token, cache, still, torch.tensor([t], device=DEVICE))
-        assert relative_error(step, y[:, :, t]) < 1e-5, f"position {t}"
-
-
-def test_a_batch_of_no_sequences_is_empty():
-    q, k, v = (randn(0, 2, 20, 16) for _ in "qkv")
-    assert attend(q, k, v, Rule(0, 0, 0, 5, 2, "mean")).shape == (0, 2, 20, 16)
+@pytest.mark.parametrize("pattern", ["N3K2", "D1/N3K2:minmax", "D4N3K2:last"])
+def test_decoding_gives_what_the_sequence_gives(kernels_on, pattern):
+    """Prompts, steps and chunks across borders of blocks."""
+    net = tiny(n_layer=1, n_head=2, n_embd=16).to(kernels_on)
+    idx = torch.randint(50, (1, 15), device=kernels_on)
+    assert_decodes(net, idx, pattern, (4, 1, 1, 1, 3, 2, 1, 2))
