@@ -222,13 +222,15 @@ def recurrence(k, v, g, state=None):
     """
     if state is None:
         state = k.new_zeros(2, len(k), k.shape[-1], dtype=exact(k.dtype))
-    require(k.shape == v.shape == g.shape and k.dim() == 3 and k.shape[1] >= 1
-            and all(z.shape == k[:, 0].shape for z in state),
-            f"recurrence: k, v, g are (B, T >= 1, C), not {list(k.shape)}, {list(v.shape)}, "
-            f"{list(g.shape)}, and the state is 2 x (B, C)")
-    devices = [z.device for z in (k, v, g, *state)]
-    require(len(set(devices)) == 1, f"recurrence: inputs on {devices}")
+    inputs = k, v, g, *state
+    shapes = [list(z.shape) for z in inputs]
+    require(k.dim() == 3 and k.shape[1] >= 1 and shapes[0] == shapes[1] == shapes[2]
+            and shapes[3:] == [[len(k), k.shape[2]]] * 2, "recurrence: k, v, g are (B, T >= 1, C), "
+            f"the state is 2 x (B, C), not {shapes}")
+    devices = {z.device for z in inputs}
+    require(len(devices) == 1, f"recurrence: inputs on {devices}")
     state = state if torch.is_tensor(state) else torch.stack(state)
+    state = state.to(exact(k.dtype))
     if on_kernels(k):
         return kernels.recurrence(k, v, g, state)
     # Near a = 1 the difference 1 - a would cancel, and the gradient of torch.sigmoid, a (1 - a),
@@ -272,7 +274,8 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     require(kinds[0] == kinds[1] == kinds[2] and min(dilation, window, sinks) >= 0,
             f"attention: q, k_rec, v_rec differ: {kinds}, or dilation, window, sinks are negative: "
             f"{dilation}, {window}, {sinks}")
-    return attend(q, k_rec, v_rec, Rule(dilation, window, sinks))
+    sizes = (min(size, 2**30) for size in (dilation, window, sinks))     # beyond any sequence
+    return attend(q, k_rec, v_rec, Rule(*sizes))
 
 
 def attend(q, k_rec, v_rec, rule, summaries=None):
