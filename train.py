@@ -3,33 +3,25 @@ Dense pretraining of RAT+ with active recurrence learning (ARL), and fine-tuning
 
 A model that may attend everywhere has no need of its recurrence, which then learns to reach back a
 few tokens only. Under the pattern D64 a query sees every 64th key, and only the recurrence can
-carry what lies between. So by default each batch is used for two full updates, equation (6):
+carry what lies between. So by default each batch makes two full updates, equation (6):
 
   theta <- AdamW(theta, gradient of loss(batch; theta, D64))    sparse: the recurrence must reach 64
   theta <- AdamW(theta, gradient of loss(batch; theta, D1))     dense: attention to all keys
-
-  code          type       meaning
-  arl           patterns   the sparse update's pattern, D64; of several, each batch draws one
-  recurrence    bool       False (--no-recurrence): the attention-only baseline; by default no ARL
-  idx, targets  (B, T)     a batch: B = batch_size windows of T = context tokens
-  parts         list       a process's share of a batch, in grad_accum pieces
-  lr, min_lr    float      learning rate: peak, and last
 
 `python train.py` trains a small model on the source of Python's standard library, offline.
 `python train.py --checkpoint out/dense.pt --data mine --out out/mine` fine-tunes a checkpoint.
 `torchrun --nproc-per-node=2 train.py` trains on two GPUs: the same batches, the same losses.
 
-A flag has the first of these values: the command line's, the checkpoint's, the preset's, the
-default. The model's shape is always the checkpoint's: another one is refused. --resume goes on with
-a run: of the flags that change the result, only --steps may differ. --overwrite starts anew: before
-the first step it renames the old run's files to NAME.old.
+A flag has the first of these values: what was typed, the checkpoint's, the preset's, the default.
+--resume goes on with a run: a typed flag that would change its result is refused, but for --steps.
+Ctrl-C ends the step, saves, and says how to go on.
 """
 import argparse
 import codecs
 import contextlib
 import functools
+import glob
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -41,63 +33,53 @@ import sys
 import sysconfig
 import time
 from dataclasses import asdict
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model import (PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, path as path_taken,
+from model import (PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, on_kernels, require,
                    save_checkpoint)
-try:
-    import fcntl
-except ImportError:                         # Windows: runs there do not lock their files
-    fcntl = None
 
 # --------------------------------------------------------------------------------------------------
 # Training
 
-def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: False):
+def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     """Train for the steps first..config.steps - 1, and yield records of how it goes.
 
-    batch(step) -> idx, targets: (B, T) int64 on the CPU. pattern: of the main update, dense (D1) in
-    pretraining. arl: choices for the sparse update before it, of which each step draws one. None is
-    the choice of no sparse update. stop(): asked after each step; True ends the training there.
+    batch(step) -> idx, targets (B, T) int64 on the CPU. optimizers: {name: optimizer}. pattern: of
+    the main update. arl: patterns of the sparse update, of which each step draws one. signals: a
+    list; once it holds something, the training ends after the step.
 
-    A record is due after the first step, at the log and eval intervals, and at the end: step (how
-    many are done), losses {pattern: nats per token}, lr, norm (of the main update's gradient,
-    before clipping), ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only
-    records make the host wait for the device. ValueError if a loss or the norm is not finite, or if
-    a loss has no gradient. NaN weights make all later losses NaN, so checking the losses of records
-    is enough, as each save follows one.
+    A record comes after the first step, at the log and eval intervals, and at the end: step (how
+    many are done), losses {pattern: nats per token}, lr, norm of the gradient before clipping, ms
+    per step, rate (tokens per second), mfu, eta (minutes), stopped. Only records make the host wait
+    for the device. ValueError if a loss or the norm is not finite.
     """
     loss_fn = trainable(model, config)
     tokens = config.batch_size * config.context
-    flops = sum(flops_per_token(model, p, config.context) for p in arl if p) / max(1, len(arl))
-    flops += flops_per_token(model, pattern, config.context)
+    flops = flops_per_token(model, pattern, arl, config)
     start = time.perf_counter()
     reported = first                            # steps that were done at the last record
     for step in range(first, config.steps):
         lr = schedule(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         parts = share(*batch(step), config)
         losses = {}
-        sparse = draw(arl, step, config)
-        if sparse:                                                          # (6), sparse
-            losses[str(sparse)], _ = update(loss_fn, optimizer, parts, sparse, config.clip)
-        losses[str(pattern)], norm = update(loss_fn, optimizer, parts, pattern, config.clip)
+        for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
+            loss, norm = update(loss_fn, optimizers, parts, each, config.clip)
+            losses[str(each)] = loss
         done = step + 1
-        stopped = stop() and done < config.steps
-        due = done % config.log_interval == 0 or done % config.eval_interval == 0
-        if not (due or stopped or step == first or done == config.steps):
+        stopped = summed(torch.tensor(len(signals))).item() > 0
+        ends = stopped or done == config.steps
+        if not ends and step > first and done % config.log_interval and done % config.eval_interval:
             continue
-        values, norm = measured(losses, norm, done)
+        losses, norm = measured(losses, norm, done)
         seconds = (time.perf_counter() - start) / (done - reported)
-        if step == first:
-            say(f"first step in {seconds:.1f} s{', compilation included' * config.compile}")
-        yield dict(step=done, losses=values, lr=lr, norm=norm, ms=1e3 * seconds,
+        yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds,
                    rate=tokens / seconds, mfu=flops * tokens / seconds / peak_flops(config),
                    eta=seconds * (config.steps - done) / 60, stopped=stopped)
         if stopped:
@@ -106,8 +88,17 @@ def fit(model, config, batch, optimizer, pattern, arl=(), first=0, stop=lambda: 
         reported = done
 
 
-def update(loss_fn, optimizer, parts, pattern, clip):
-    """One optimizer update on a batch, of which `parts` is this process's share, under a pattern.
+def updates(step, config, pattern, arl):
+    """The patterns of the updates that a step makes, in order: a sparse one, then the main one.
+    With --one-update it is one of the two. The same for the same seed and step.
+    """
+    rng = np.random.default_rng((config.seed, step, 1))
+    both = [arl[rng.integers(len(arl))], pattern] if arl else [pattern]
+    return [both[rng.integers(len(both))]] if config.one_update else both
+
+
+def update(loss_fn, optimizers, parts, pattern, clip):
+    """One update on a batch, of which `parts` is this process's share, under a pattern.
 
     Returns this process's part of the loss (nats per token) and the norm of the whole batch's
     gradient, both still on the device. A clip of 0 does not clip.
@@ -120,16 +111,10 @@ def update(loss_fn, optimizer, parts, pattern, clip):
             (loss * WORLD).backward()               # DDP averages over processes; this makes a sum
         total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(loss_fn.parameters(), clip or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers.values():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return total, norm
-
-
-def draw(patterns, step, config):
-    """One of the patterns for a step's sparse update: the same for the same seed and step."""
-    if not patterns:
-        return None
-    return patterns[np.random.default_rng((config.seed, step, 1)).integers(len(patterns))]
 
 
 def schedule(step, config):
@@ -144,21 +129,32 @@ def schedule(step, config):
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(turn)) / 2
 
 
-def new_optimizer(model, config):
-    """AdamW with weight decay on all parameters, as the authors do."""
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
-                             weight_decay=config.weight_decay, fused=True)
+def new_optimizers(model, config):
+    """{name: optimizer}, named as in checkpoints. `optimizer` is AdamW with weight decay on all its
+    parameters, as the authors have it. With --optimizer muon it has the embedding and the norms
+    only; Muon takes the matrices of the blocks, scaled so that the same learning rate suits both.
+    """
+    mine = [p for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
+    rest = [p for p in model.parameters() if all(p is not q for q in mine)]
+    optimizers = {"optimizer": torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), fused=True,
+                                                 weight_decay=config.weight_decay)}
+    if mine:
+        optimizers["muon"] = torch.optim.Muon(mine, lr=config.lr, weight_decay=config.weight_decay,
+                                              adjust_lr_fn="match_rms_adamw")
+    return optimizers
 
 
 def measured(losses, norm, done):
-    """The losses and the norm as numbers of the whole batch. ValueError if training went wrong."""
+    """The losses and the norm as numbers of the whole batch. ValueError if training went wrong: NaN
+    weights make all later losses NaN, so records are looked at alone, as each save follows one.
+    """
     mine = torch.stack((*losses.values(), norm / WORLD)).double().cpu()
     *values, norm = summed(mine).tolist()
-    if not all(map(math.isfinite, (*values, norm))) or norm == 0 < max(values):
-        found = ", ".join(f"loss {loss} under {name}" for name, loss in zip(losses, values))
-        raise ValueError(f"training stopped at step {done}: {found}, gradient norm {norm}; "
-                         "the last checkpoint is untouched")
-    return dict(zip(losses, values)), norm
+    losses = dict(zip(losses, values))
+    require(all(map(math.isfinite, (*values, norm))) and (norm > 0 or max(values) == 0),
+            f"training stopped at step {done}: losses {losses}, gradient norm {norm}; the last "
+            "checkpoint is untouched")
+    return losses, norm
 
 
 class Loss(torch.nn.Module):
@@ -177,29 +173,13 @@ class Loss(torch.nn.Module):
 def trainable(model, config):
     """A Loss whose blocks are compiled and checkpointed as the flags say, under DDP if need be."""
     model.checkpointing = config.checkpointing
-    if on_gpu(config):
-        torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
+    torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
     if config.compile:
         torch._dynamo.config.optimize_ddp = False       # DDP need not cut through a block's graph
         torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
         model.compile(dynamic=False)
     loss_fn = Loss(model, config)
     return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True) if WORLD > 1 else loss_fn
-
-
-def share(idx, targets, config):
-    """This process's parts of a batch, on its device: [(idx, targets, weight)].
-
-    The weight is the part's share of the batch's targets that count. So the weighted losses of all
-    parts and processes add up to the mean over the batch's targets.
-    """
-    n = WORLD * config.grad_accum
-    count = (targets != -100).sum().clamp(min=1)
-    parts = []
-    for x, y in list(zip(idx.chunk(n), targets.chunk(n)))[RANK::WORLD]:
-        weight = ((y != -100).sum() / count).item()
-        parts.append((move(x, config), move(y, config), weight))
-    return parts
 
 
 def autocast(config):
@@ -217,620 +197,414 @@ def move(z, config):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")               # compiling would take longer than it saves
-def evaluate(model, stream, pattern, config):
-    """Mean loss (nats per token) over the targets in windows spread evenly over a Stream.
+def evaluate(model, windows, pattern, config):
+    """Mean loss (nats per token) over the targets of the validation windows of a Windows.
 
     Every target counts, after end-of-text too, but for those that a mask excludes.
     """
     loss_fn = Loss(model, config)
-    windows = evenly(stream, config)
-    size = config.eval_batch
-    sums = torch.zeros(2, dtype=torch.float64)
-    for i in range(RANK * size, len(windows), WORLD * size):
-        idx, targets = cut(stream, windows[i:i + size])
-        count = (targets != -100).sum().item()
-        loss = loss_fn(move(idx, config), move(targets, config), pattern).item()
-        sums += torch.tensor([count * loss, count])
-    total, count = summed(sums).tolist()
-    return total / count                                    # load_data has seen that some count
+    numbers, stride = windows.evenly()
+    total = 0.0
+    count = 0
+    for i in range(0, len(numbers), config.eval_batch):
+        idx, targets = windows.cut(numbers[i:i + config.eval_batch], stride)
+        n = (targets != -100).sum().item()
+        total += n * loss_fn(move(idx, config), move(targets, config), pattern).item()
+        count += n
+    return total / count
 
 
-PEAKS = {                                   # dense bfloat16 TFLOP/s, from the vendors' data sheets
-    "B200": 2250, "H200": 989, "H100 80GB HBM3": 989, "H100 PCIe": 756, "A100": 312, "L40S": 362,
-    "L4$": 121, "RTX 4090$": 165, "RTX 3090$": 71,
-}
+def bits_per_byte(loss, bytes_per_token):
+    """A loss in nats per token as bits per byte of text."""
+    return loss / math.log(2) / bytes_per_token
+
+
+PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090": 71}
+# dense bfloat16 TFLOP/s, from the vendor's data sheets
 
 
 def peak_flops(config):
     """FLOP/s of all devices together. Infinite for unknown cards: their MFU is then not shown."""
-    if on_gpu(config) and config.dtype == "bfloat16":
-        for card, peak in PEAKS.items():
-            if re.search(card, torch.cuda.get_device_name()):
-                return WORLD * 1e12 * peak
-    return math.inf
+    name = torch.cuda.get_device_name() if config.dtype == "bfloat16" and on_gpu(config) else ""
+    return next((WORLD * 1e12 * peak for card, peak in PEAKS.items() if card in name), math.inf)
 
 
-def flops_per_token(model, pattern, T):
-    """Floating-point operations per token of an update, backward included.
+def flops_per_token(model, pattern, arl, config):
+    """Floating-point operations per token of a step, of one or two updates (see `updates`).
 
-    6 for each weight of a matrix (the tied embedding counts once, as the head), and 12 C for each
-    layer and key that the pattern allows. The recurrence and elementwise work are left out.
+    An update takes 6 for each weight of a matrix (the tied embedding counts once, as the head), and
+    12 C for each layer and key that its pattern allows. The rest is small and left out.
     """
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    per_key = 12 * model.config.n_embd * model.config.n_layer
-    return 6 * weights + per_key * pattern.keys_per_token(model.config, T)
+    each = {}
+    for p in (pattern, *arl):
+        keys = keys_per_token(p, model.config, config.context)
+        each[p] = 6 * weights + 12 * model.config.n_embd * model.config.n_layer * keys
+    if not arl:
+        return each[pattern]
+    both = each[pattern] + sum(each[p] for p in arl) / len(arl)
+    return both / 2 if config.one_update else both
+
+
+def keys_per_token(pattern, config, T):
+    """Mean number of keys per query in a sequence of T tokens, over positions, layers and heads. Of
+    more than 1024 positions, 1024 are looked at, spread evenly.
+    """
+    t = torch.linspace(0, T - 1, min(T, 1024)).round().long()[:, None]
+    p = torch.arange(T)
+    means = []
+    for i in range(config.n_layer):
+        of_layer = []
+        for rule in pattern.rules(i):
+            keys = rule.allowed(t, p)
+            if rule.topk:                           # the own block, K - 1 earlier ones, and of what
+                own = t // rule.block * rule.block  # is left of the past the same share as of all
+                past = (keys & (p < own)).sum(1, keepdim=True) * 1.0
+                best = (rule.topk - 1) * rule.block
+                keys = t - own + 1 + own.clamp(max=best) + past * (1 - best / own).clamp(min=0)
+            of_layer.append(keys.sum(1).double().nan_to_num().mean().item())
+        means.append(sum(of_layer) / len(of_layer))
+    return sum(means) / len(means)
 
 
 # --------------------------------------------------------------------------------------------------
-# Several processes. torchrun starts the script once a GPU and numbers the processes by environment
-# variables. Gradients meet in DDP, and a few numbers in `summed`. Process 0 prints and saves.
+# Several processes. torchrun starts the script once a GPU. Each process takes its share of a batch.
+# Gradients meet in DDP, and a few numbers in `summed`. Process 0 prints and saves.
 
-def from_torchrun():
-    """RANK, LOCAL_RANK, WORLD; 0, 0, 1 if only some variables are set, as a cluster's shell may."""
-    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
-    values = [os.environ.get(name, "") for name in names]
-    if all(values) and all(value.isdecimal() for value in values[2:]):
-        return tuple(map(int, values[2:]))
-    return 0, 0, 1
-
-
-RANK, LOCAL_RANK, WORLD = from_torchrun()
+RANK, LOCAL_RANK, WORLD = 0, 0, 1
+if dist.is_torchelastic_launched():
+    RANK, LOCAL_RANK, WORLD = (int(os.environ[n]) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def summed(values):
-    """The sum of a CPU tensor over all processes. ConnectionError if one of them has ended."""
-    if WORLD == 1:
-        return values
-    try:
+    """The sum of a CPU tensor over all processes."""
+    if WORLD > 1:
         dist.all_reduce(values)
-    except RuntimeError as error:
-        raise ConnectionError("stopped, as another process has ended") from error
     return values
 
 
-def say(text):
-    """Print a line. A reader or a terminal that has gone away is no error: go on silently."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        hang_up()
+def share(idx, targets, config):
+    """This process's parts of a batch, on its device: [(idx, targets, weight)].
 
-
-def note(text):
-    """Say something beside the result, on stderr, once for all processes."""
-    if RANK == 0:
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
-
-
-def hang_up():
-    """Send what is still to be printed nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yield a function that says whether the run was asked to stop: Ctrl-C, SIGTERM, or SIGHUP.
-
-    All processes must call that function, and it answers the same in all. Without torchrun a
-    Ctrl-C after the first signal ends the process at once. An ignored SIGHUP (nohup) stays so.
+    The weight is the part's share of the batch's targets that count. So the weighted losses of all
+    parts and processes add up to the mean over the batch's targets.
     """
-    asked = []
-
-    def ask(number, frame):
-        asked.append(number)
-        if WORLD == 1:                      # torchrun passes on Ctrl-C as a second signal
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield lambda: summed(torch.tensor(len(asked))).item() > 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def lock(path, wait=False):
-    """Lock a file until the returned object is closed or this process ends, however it ends.
-
-    If another process holds it: ValueError, or with `wait` no return before it lets go.
-    """
-    file = open(path, "a")
-    if fcntl is None:
-        return file
-    try:                                    # unlike a collective, waiting here has no time limit
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise ValueError(f"{path}: another run is writing there; --out names another folder for "
-                         "this one") from error
-    return file
-
-
-def out_of_memory(error):
-    """Whether the error says that memory ran out. A CPU's is a plain RuntimeError in torch."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
-
-
-def complain(why, code):
-    """One line on stderr, from process 0 if it has one to give. Returns the exit code."""
-    if RANK:                                # torchrun ends this process once process 0 has ended
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
-    with contextlib.suppress(OSError):
-        line = " ".join(str(why).split())
-        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
-    return code
-
-
-def run(main):
-    """Call main() as a script, in one or several processes.
-
-    Bad input, a missing file, a lack of memory and Ctrl-C become one line on stderr and a non-zero
-    exit. A reader that has seen enough (`| head`) is no error.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    elif os.environ.get("WORLD_SIZE", "1") not in ("1", ""):
-        note("WORLD_SIZE is set, but not all of torchrun's variables: running as one process")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-    code = 0
-    try:
-        main()
-        summed(torch.zeros(1))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        hang_up()
-    except KeyboardInterrupt as error:
-        code = complain(f"interrupted{error}", 130) if RANK == 0 else 130
-    except Exception as error:
-        if not (isinstance(error, (ValueError, OSError)) or out_of_memory(error)):
-            raise
-        code = complain(error, 1)
-    if WORLD > 1:
-        os._exit(code)                      # does not wait for what others will not send
-    if code:
-        sys.exit(code)
+    n = WORLD * config.grad_accum
+    count = (targets != -100).sum().clamp(min=1)
+    parts = []
+    for x, y in list(zip(idx.chunk(n), targets.chunk(n)))[RANK::WORLD]:
+        weight = ((y != -100).sum() / count).item()
+        parts.append((move(x, config), move(y, config), weight))
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------
-# Batches. A Stream is one or several files of tokens, and a window is a pair (file, offset).
+# Batches
 
-class Bin(NamedTuple):
-    """A file of tokens, mapped from disk, and what was seen in it."""
-    path: str
-    tokens: np.ndarray                  # (n,) uint16
-    mask: np.ndarray = None             # (n,) uint8, 1 where a token counts as a target; None: all
-    largest: int = 0
-    has_gpt2_eot: bool = False
-    key: str = ""                       # tells these tokens from others
+class Windows:
+    """The windows of T tokens in some files of tokens, as batches.
 
-
-class Stream:
-    """Bins of tokens, numbered one after the other. No window reaches into the next file.
-
-    T: tokens per window; limit: the vocabulary's size. With a mask, all windows lie side by side,
-    so that samples of T tokens stay whole.
+    Windows lie side by side, so that masked samples of T tokens stay whole, and none reaches into
+    the next file. files: [(tokens, mask)], see `open_bin`.
     """
 
-    def __init__(self, files, T, limit=65536):
+    def __init__(self, files, config, coder):
         self.files = files
-        self.T = T
-        self.limit = limit
-        self.masked = any(file.mask is not None for file in files)
-        self.stride = T if self.masked else 1       # between the windows that may be drawn
+        self.config = config
+        self.coder = coder
+        self.shuffled = None, None          # an epoch, and the numbers of all windows in its order
 
     def __len__(self):
-        return sum(len(file.tokens) for file in self.files)
+        return sum(len(tokens) for tokens, _ in self.files)
 
     def counts(self, stride):
-        """How many windows each file has, if one begins every `stride` tokens."""
-        return [(len(file.tokens) - self.T - 1) // stride + 1 for file in self.files]
+        """How many windows each file has, if one begins every `stride` tokens. Side by side, the
+        last one may lack the target of its last token.
+        """
+        last = [len(tokens) - self.config.context - (stride == 1) for tokens, _ in self.files]
+        return np.maximum(np.array(last) // stride + 1, 0)
 
-    def windows(self, numbers, stride):
-        """The windows of some numbers, each below sum(self.counts(stride))."""
-        ends = np.cumsum(self.counts(stride))
-        files = np.searchsorted(ends, numbers, side="right")
-        places = numbers - np.append(0, ends)[files]
-        return list(zip(files.tolist(), (places * stride).tolist()))
+    def batch(self, step):
+        """idx, targets (B, T) of a training step, which follow from the seed and the step: windows
+        side by side, shuffled anew each epoch, each once. The target after end-of-text does not
+        count, since the first token of another document can't be known.
+        """
+        T = self.config.context
+        count = self.counts(T).sum()
+        numbers = []
+        for i in range(step * self.config.batch_size, (step + 1) * self.config.batch_size):
+            if self.shuffled[0] != i // count:
+                rng = np.random.default_rng((self.config.seed, i // count))
+                self.shuffled = i // count, rng.permutation(count)
+            numbers.append(self.shuffled[1][i % count])
+        idx, targets = self.cut(numbers, T)
+        if self.coder.eot is not None:
+            targets = targets.masked_fill(idx == self.coder.eot, -100)
+        return idx, targets
 
+    def evenly(self):
+        """Up to --eval-windows windows, spread evenly: their numbers and their stride. They begin
+        anywhere, but with masks side by side.
+        """
+        T = self.config.context
+        stride = 1 if all(mask is None for _, mask in self.files) else T
+        most = min(self.config.eval_windows, self.counts(T).sum())
+        return np.linspace(0, self.counts(stride).sum() - 1, most).astype(int), stride
 
-def in_order(step, config, stream):
-    """Windows of a batch that reads the data in order, once if it is long enough.
-
-    The stream is cut into batch_size stretches. Row r of each batch goes on where row r of the last
-    one ended, within the r-th stretch, and begins again at its end. What a step reads does not
-    depend on how many steps there will be. Offsets are multiples of T, so samples of T tokens stay
-    whole. A stream of fewer windows than rows is read at random instead.
-    """
-    count = sum(stream.counts(stream.T))
-    if count < config.batch_size:                           # rows would read the same
-        return at_random(step, config, stream)
-    edges = np.arange(config.batch_size + 1) * count // config.batch_size
-    return stream.windows(edges[:-1] + step % np.diff(edges), stream.T)
-
-
-def at_random(step, config, stream):
-    """Windows at random offsets of all files, the same again for the same seed and step."""
-    rng = np.random.default_rng((config.seed, step))
-    numbers = rng.integers(0, sum(stream.counts(stream.stride)), config.batch_size)
-    return stream.windows(numbers, stream.stride)
-
-
-def evenly(stream, config):
-    """The windows of a validation, spread evenly."""
-    most = min(config.eval_windows, sum(stream.counts(stream.T)))
-    numbers = np.linspace(0, sum(stream.counts(stream.stride)) - 1, most).astype(int)
-    return stream.windows(numbers, stream.stride)
-
-
-def cut(stream, windows, eot=-1):
-    """The tokens of windows: idx, targets (B, T) int64; a target of -100 does not count.
-
-    That is a target whose mask is not 1, and the one after end-of-text, since the first token of
-    another document can't be known. ValueError for a token beyond the vocabulary.
-    """
-    T = stream.T
-    tokens = [stream.files[file].tokens[at:at + T + 1] for file, at in windows]
-    tokens = torch.from_numpy(np.stack(tokens).astype(np.int64))
-    if tokens.max() >= stream.limit:
-        paths = " ".join(file.path for file in stream.files)
-        raise ValueError(f"{paths}: token {tokens.max()} is beyond the vocabulary of "
-                         f"{stream.limit}")
-    idx = tokens[:, :-1]
-    targets = tokens[:, 1:].masked_fill(idx == eot, -100)
-    for row, (file, at) in enumerate(windows):
-        mask = stream.files[file].mask
-        if mask is not None:
-            counts = torch.from_numpy(mask[at + 1:at + T + 1] == 1)
-            targets[row].masked_fill_(~counts, -100)
-    return idx, targets
+    def cut(self, numbers, stride):
+        """idx, targets (B, T) int64 of windows, numbered through all files. A target of -100 does
+        not count: its mask is not 1, or the file ends before it. ValueError for a token beyond the
+        vocabulary.
+        """
+        counts = self.counts(stride)
+        ends = counts.cumsum()
+        rows = torch.full((len(numbers), self.config.context + 1), -100)
+        targets = rows.clone()
+        for i, number in enumerate(numbers):
+            file = ends.searchsorted(number, side="right")
+            tokens, mask = self.files[file]
+            start = (number - ends[file] + counts[file]) * stride
+            row = torch.from_numpy(tokens[start:start + rows.shape[1]].astype(np.int64))
+            limit = self.config.vocab_size
+            require(row.max() < limit, f"{tokens.filename}: token {row.max()} is beyond the "
+                    f"vocabulary of {limit}")
+            rows[i, :len(row)] = row
+            counted = np.ones(len(row)) if mask is None else mask[start:start + len(row)]
+            targets[i, :len(row)] = row.masked_fill(torch.from_numpy(counted != 1), -100)
+        return rows[:, :-1], targets[:, 1:]
 
 
 # --------------------------------------------------------------------------------------------------
-# Data on disk: uint16 tokens in train.bin and val.bin, made here from texts or found in a folder
+# Data on disk: uint16 tokens in train.bin and val.bin, found in a folder or made from texts
 
-class Data(NamedTuple):
-    """What load_data returns. The key tells this data from other data, whatever its name."""
-    train: Stream
-    val: Stream
-    vocab_size: int
-    key: str
+def load_data(config):
+    """(train, val): the Windows of config.data, which names 'stdlib', texts, folders of texts, and
+    folders of train.bin and val.bin.
 
-
-def load_data(config, vocab_size=None):
-    """The Data of config.data: 'stdlib', text files, folders of texts, or of train.bin and val.bin.
-
-    Fills in config.tokenizer, config.eot and config.sources {source: key}. If config.sources holds
-    another key, that source has changed since its run, which a line on stderr says. vocab_size: the
-    model's; without one the tokenizer's or the largest token + 1, rounded up to a multiple of 64.
-    OSError or ValueError in one line if the data are missing, too short, or not what they seem.
+    Fills in config.tokenizer, config.vocab_size where it is open (the tokenizer's, or the largest
+    token + 1, in 64s) and config.data_key, which tells these tokens from others, wherever
+    they lie. If it held another key, stderr says so. OSError or ValueError in one line if the data
+    are missing, too short, or not what they seem.
     """
-    binary = all(map(has_bins, config.data))
-    config.tokenizer = config.tokenizer or ("ids" if binary else "bytes")
-    if binary and config.split_on:
-        raise ValueError("--split-on is for texts, and --data holds tokens")
-    coder = Tokenizer(config.tokenizer)
-    folders = [folder_of(source, config, coder) for source in config.data]
-    train = [open_bin(os.path.join(folder, "train.bin"), config.context) for folder in folders]
-    val = [open_bin(os.path.join(folder, "val.bin"), config.context) for folder in folders]
-    if config.eot is None:
-        gpt2 = any(file.has_gpt2_eot for file in train + val)
-        config.eot = coder.eot or (GPT2_EOT if gpt2 else -1)
-    size = vocab_size or in_64s(coder.size or max(file.largest for file in train + val) + 1)
-    if config.eot >= size:
-        raise ValueError(f"--eot {config.eot} is beyond the vocabulary of {size}")
-    for file in train + val:
-        if file.largest >= size:
-            raise ValueError(f"{file.path}: token {file.largest} is beyond the vocabulary of "
-                             f"{size}")
-    sources = {}
-    for source, *files in zip(config.data, train, val):
-        sources[source] = " ".join(file.key for file in files)
-        was = config.sources.get(source, sources[source])
-        if was != sources[source]:
-            note(f"warning: {source} has changed since the run (then {was}, now {sources[source]}"
-                 "): validation may hold what was trained on")
-    config.sources = sources
-    data = Data(Stream(train, config.context, size), Stream(val, config.context, size), size,
-                key=" ".join(sources.values()))
-    if data.val.masked:
-        _, targets = cut(data.val, evenly(data.val, config))
-        if (targets == -100).all():
-            raise ValueError(f"{val[0].path}: the mask lets no target count in the validation")
-    return data
-
-
-GPT2_EOT = 50256
+    folders = [source for source in config.data if has_bins(source)]
+    texts = [source for source in config.data if source not in folders]
+    config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
+    coder = Tokenizer(config.tokenizer, config.eot)
+    if texts:
+        folders.append(tokenize(texts, coder.name, config.split_on))
+    train = [open_bin(os.path.join(folder, "train.bin")) for folder in folders]
+    val = [open_bin(os.path.join(folder, "val.bin")) for folder in folders]
+    if not config.vocab_size:
+        largest = max(int(tokens.max()) for tokens, _ in train + val) if coder.name == "ids" else 0
+        config.vocab_size = in_64s(coder.size or largest + 1)
+    sides = Windows(train, config, coder), Windows(val, config, coder)
+    for windows in sides:
+        path = windows.files[0][0].filename
+        require(windows.counts(1).sum() > 0, f"{path}: {len(windows)} tokens; it must hold more "
+                f"uint16 tokens than the context of {config.context}: give more data or a smaller "
+                "--context")
+    _, targets = windows.cut(*windows.evenly())
+    require((targets != -100).any(), f"{path}: the mask lets no target count in the validation")
+    key = data_key(train + val)
+    if config.data_key not in (None, key):
+        note(f"warning: {' '.join(config.data)} has changed since the training, or is other data "
+             f"(then {config.data_key}, now {key}): validation may hold what was trained on")
+    config.data_key = key
+    return sides
 
 
 def in_64s(size):
     """A vocabulary's size, rounded up to a multiple of 64, which suits the matrix products."""
-    return -(-size // 64) * 64
+    return -(-int(size) // 64) * 64
 
 
 def has_bins(source):
     return any(os.path.exists(os.path.join(source, name)) for name in ("train.bin", "val.bin"))
 
 
-def folder_of(source, config, coder):
-    """The folder of a source's train.bin and val.bin; of texts, after tokenizing them."""
-    if has_bins(source):
-        return source
-    if coder.size is None:
-        raise ValueError(f"--data {source}: text needs a tokenizer, bytes or gpt2; ids are read "
-                         "from train.bin and val.bin")
-    if config.eot not in (None, coder.eot):
-        raise ValueError(f"--eot {config.eot}: texts in {coder.name} end with {coder.eot}")
-    return tokenize(source, coder.name, config.split_on)
-
-
-def open_bin(path, T):
-    """The Bin of a file of more than T tokens, with the mask beside it (train.mask.bin)."""
-    offset, n = read_head(path)
-    if n <= T:
-        raise ValueError(f"{path}: {n} tokens; it must hold more uint16 tokens than the context of "
-                         f"{T}: give more data or a smaller --context")
-    tokens = np.memmap(path, "<u2", "r", offset, (n,))
+def open_bin(path):
+    """(tokens, mask) of a file as nanoGPT (uint16) or llm.c (1024 bytes before them) writes it,
+    mapped from disk. mask: of train.mask.bin beside it, uint8, 1 where a token counts as a target;
+    else None. ValueError, saying what was seen, for other files.
+    """
+    size = os.path.getsize(path)
+    require(size and size % 2 == 0, f"{path}: {size} bytes, empty or an odd number: is it cut off")
+    head = np.fromfile(path, "<i4", 3).tolist()
+    offset = 1024 if head[:1] in ([20240520], [20240801]) else 0        # llm.c's magic numbers
+    require(not offset or head == [20240520, 1, (size - offset) // 2], f"{path}: a header of magic "
+            f"number, version and tokens {head}, which does not fit {size} bytes of uint16 tokens")
+    tokens = np.memmap(path, "<u2", "r", offset)
+    seen = looks_like(tokens[:1000])
+    require(not seen, f"{path} looks like {seen}; uint16 tokens are wanted, as nanoGPT or llm.c "
+            "write them")
     beside = path.removesuffix(".bin") + ".mask.bin"
     mask = np.memmap(beside, np.uint8, "r") if os.path.exists(beside) else None
-    if mask is not None and len(mask) != n:
-        raise ValueError(f"{beside}: {len(mask)} bytes for {n} tokens; one byte each is wanted")
-    return Bin(path, tokens, mask, *scan(tokens, path))
+    require(mask is None or len(mask) == len(tokens), f"{beside}: a byte for each of the "
+            f"{len(tokens)} tokens is wanted")
+    return tokens, mask
 
 
-FOREIGN = {b"\x93NUMPY": "a NumPy .npy file", b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet",
-           b"\x1f\x8b\x08": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+def looks_like(words):
+    """What a file's first values are, if they do not look like uint16 tokens; else None."""
+    if len(words) < 32:
+        return None
+    low, high = sorted((words[::2].max(), words[1::2].max()))
+    if low == 0 or low <= 3 and high > 4095:            # every second one is half of a number
+        return "numbers of 32 bits"
+    raw = words.tobytes()
+    with contextlib.suppress(UnicodeDecodeError):
+        if codecs.getincrementaldecoder("utf-8")().decode(raw) and raw.count(0) == 0:
+            return f"text: {raw[:20]!r}"
+    return "one byte a token" if high > 511 and (words & 255).max() < 128 else None
 
 
-def read_head(path):
-    """(offset in bytes, number of tokens) of a .bin: nanoGPT's plain uint16, or llm.c's format.
-
-    llm.c and modded-nanogpt write 256 int32 before the tokens: a magic number, the version, and the
-    number of tokens. ValueError, saying what was seen, for other formats that are known.
-    """
-    with open(path, "rb") as f:
-        head = f.read(4096)
-    size = os.path.getsize(path)
-    header = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
-    words = np.frombuffer(head[:len(head) // 2 * 2], "<u2")
-    high = words[1::2]                      # of numbers of 32 bits: nothing large, and many zeros
-    seen = [kind for magic, kind in FOREIGN.items() if head.startswith(magic)]
-    if size % 2:
-        seen.append(f"{size} bytes, an odd number: is it cut off")
-    elif header[0] in (20240520, 20240801):
-        tokens = (size - 1024) // 2
-        if header == [20240520, 1, tokens]:
-            return 1024, tokens
-        seen.append(f"{tokens} uint16 after a header of magic, version and tokens {header}")
-    elif len(words) >= 32 and re.fullmatch(rb"[\t\n\r -~]+", head):
-        seen.append(f"text, like {head[:20]!r}")
-    elif len(words) >= 32 and high.max() <= 3 < words.max() and (high == 0).mean() > 1 / 4:
-        seen.append("numbers of 32 or 64 bits")
-    if seen:
-        raise ValueError(f"{path} holds {seen[0]}; uint16 tokens are wanted, as nanoGPT or llm.c "
-                         "write them")
-    return 0, size // 2
-
-
-def scan(tokens, path, chunk=2**20, chunks=64):
-    """The largest token, whether GPT-2's end-of-text occurs, and a key that tells them from others.
-
-    Up to 64 chunks of 2^20 tokens, all are read; of more tokens 64 chunks, evenly spread.
-    """
-    n = len(tokens)
-    starts = np.linspace(0, max(0, n - chunk), min(chunks, -(-n // chunk))).astype(int)
-    largest = 0
-    has_gpt2_eot = False
+def data_key(files, chunks=64, chunk=4096):
+    """The number of tokens, and a hash of 64 chunks of each file, spread evenly."""
     content = hashlib.sha1()
-    for start in starts:
-        part = tokens[start:start + chunk]
-        largest = max(largest, int(part.max()))
-        has_gpt2_eot = has_gpt2_eot or bool((part == GPT2_EOT).any())
-        content.update(part)
-    if n > chunk * chunks:
-        note(f"{path}: {chunk * chunks / 1e6:.0f}M of {n / 1e6:.0f}M tokens were searched for the "
-             "largest token and end-of-text, the others are checked as batches are read")
-    return largest, has_gpt2_eot, f"{n} tokens {content.hexdigest()[:8]}"
+    total = 0
+    for tokens, _ in files:
+        total += len(tokens)
+        for start in np.linspace(0, max(0, len(tokens) - chunk), chunks).astype(int):
+            content.update(tokens[start:start + chunk])
+    return f"{total} tokens {content.hexdigest()[:8]}"
 
 
 # --------------------------------------------------------------------------------------------------
-# Texts: found, split, and tokenized in pieces, so that a file of any size fits in memory
+# Texts: found, split for validation, tokenized
 
-SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idle_test")      # of the stdlib
-
-
-class Document(NamedTuple):
-    """A text. The number is the md5 of its name, which shuffles texts and chooses their side."""
-    number: int
-    name: str
-    path: str
-    size: int
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}      # of the stdlib
 
 
-def documents(source):
-    """The Documents of a source of texts, sorted by their number.
-
-    Links are followed. Hidden files, empty files and what is no file are left out.
+def find_texts(source):
+    """{name: path} of the files of a source, in the order of their names' hashes. Links are
+    followed. Hidden files, and folders that hold checkpoints, are left out.
     """
     stdlib = source == "stdlib"
     root = sysconfig.get_path("stdlib") if stdlib else source
-    found = []
-    visited = set()
-    walk = os.walk(root, followlinks=True)
     if os.path.isfile(root):
-        walk = [(os.path.dirname(root), [], [os.path.basename(root)])]
-    for folder, folders, names in walk:
-        real = os.path.realpath(folder)
-        if real in visited:                                             # by a link: already seen
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__pycache__"))
-                      and not (stdlib and name in SKIPPED)]
-        for name in names:
-            path = os.path.join(folder, name)
-            wanted = name.endswith(".py") if stdlib else not name.startswith(".")
-            if wanted and os.path.isfile(path) and os.path.getsize(path):
-                name = name if path == root else os.path.relpath(path, root).replace(os.sep, "/")
-                number = int(hashlib.md5(os.fsencode(name)).hexdigest(), 16)
-                found.append(Document(number, name, path, os.path.getsize(path)))
-    if not found:
-        raise ValueError(f"--data {source}: no such file or folder, or nothing in it")
-    return sorted(found)
+        return {os.path.basename(root): root}
+    names = glob.glob("**", root_dir=root, recursive=True)
+    runs = {os.path.dirname(name) for name in names if name.endswith(".pt")}
+    found = {}                                          # a file that links lead to counts once
+    for name in sorted(names, key=number_of):
+        path = os.path.join(root, name)
+        wanted = name.endswith(".py") and not SKIPPED & {*name.split(os.sep)} if stdlib else True
+        if wanted and os.path.isfile(path) and os.path.dirname(name) not in runs:
+            found.setdefault(os.path.realpath(path), name)
+    require(found, f"--data {source}: no such file or folder, or nothing in it")
+    return {name: path for path, name in found.items()}
 
 
-def borders(docs):
-    """For each Document the number of its bytes that are for training, from its beginning.
+def number_of(name):
+    """The md5 of a text's name, which shuffles texts and chooses those for validation."""
+    return int(hashlib.md5(os.fsencode(name.replace(os.sep, "/"))).hexdigest(), 16)
 
-    A text is for validation if its number is divisible by 20. Where such texts hold less than 4
-    KiB, all others give their last 20th as well. Where they hold more than half of all, every text
-    gives its last 20th and no more.
+
+def tokenize(sources, tokenizer, split_on=None):
+    """The folder under .cache with train.bin and val.bin of all texts of the sources. Texts are
+    tokenized once: the folder's name holds a hash of their names and contents.
     """
-    val = [doc.size for doc in docs if doc.number % 20 == 0]
-    if sum(val) > sum(doc.size for doc in docs) / 2:
-        return [doc.size * 19 // 20 for doc in docs]
-    twentieths = 19 if sum(val) < 2**12 else 20
-    return [0 if doc.number % 20 == 0 else doc.size * twentieths // 20 for doc in docs]
-
-
-def is_text(path):
-    """Whether a file is UTF-8 without a NUL byte."""
-    try:
-        return not any("\0" in piece for piece in pieces(path))
-    except UnicodeDecodeError:
-        return False
-
-
-def pieces(path, split_on=None, size=2**20):
-    """A text file in pieces of about `size` characters, without a byte order mark."""
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        rest = ""
-        while new := f.read(size):
-            text = rest + new
-            border = last_border(text, split_on)
-            yield text[:border]
-            rest = text[border:]
-        yield rest
-
-
-def last_border(text, split_on=None):
-    """Where to cut a text: after its last split_on, else where its last white space begins.
-
-    GPT-2's tokens end there too. A text with neither is cut at its end.
-    """
-    if split_on and split_on in text:
-        return text.rfind(split_on) + len(split_on)
-    text = text[:max(1, len(text) - len(split_on or ""))]               # may hold half a split_on
-    space = max(text.rfind(" "), text.rfind("\n"))
-    return len(text[:space + 1].rstrip()) or len(text)
-
-
-def encode(text, coder, split_on):
-    """The tokens of a text, uint16, with end-of-text in place of each split_on."""
-    tokens = []
-    for part in text.split(split_on) if split_on else [text]:
-        tokens += np.asarray(coder.encode(part), "<u2"), [coder.eot]
-    return np.concatenate(tokens[:-1]).astype("<u2")
-
-
-def tokenize(source, tokenizer, split_on=None):
-    """Tokenize a source of texts, once; the folder under .cache with its train.bin and val.bin."""
-    docs = documents(source)
-    stamps = [(doc.name, doc.size, os.path.getmtime(doc.path)) for doc in docs]
-    name = os.path.basename(source.rstrip(os.sep))[:80]
-    told_apart = json.dumps(["split by name", source, tokenizer, split_on, stamps])
-    key = hashlib.md5(told_apart.encode()).hexdigest()[:8]
-    folder = os.path.join(".cache", f"{name}-{tokenizer}-{key}")
-    if os.path.exists(folder):
-        return folder
-    os.makedirs(".cache", exist_ok=True)
-    with lock(".cache/lock", wait=True):
-        if not os.path.exists(folder):                      # else another process has done it
-            partial = ".cache/unfinished"
-            shutil.rmtree(partial, ignore_errors=True)      # of a process that was stopped
-            os.mkdir(partial)
-            write_tokens(source, docs, Tokenizer(tokenizer), split_on, partial)
-            os.rename(partial, folder)
+    sources = [sources] if isinstance(sources, str) else sources
+    texts = [item for source in sources for item in find_texts(source).items()]
+    key = hashlib.md5(json.dumps([tokenizer, split_on, [name for name, _ in texts]]).encode())
+    for _, path in texts:
+        with open(path, "rb") as f:
+            key.update(hashlib.file_digest(f, "md5").digest())
+    name = os.path.basename(sources[0].rstrip(os.sep))[:80]
+    folder = os.path.join(".cache", f"{name}-{tokenizer}-{key.hexdigest()[:8]}")
+    if not os.path.exists(folder):
+        partial = f"{folder}.{os.getpid()}"
+        os.makedirs(partial)
+        try:
+            write_tokens(texts, Tokenizer(tokenizer), split_on, partial)
+            with contextlib.suppress(OSError):          # another process has done it meanwhile
+                os.rename(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def write_tokens(source, docs, coder, split_on, folder):
-    """Write train.bin and val.bin: the documents' tokens, each document followed by end-of-text."""
-    texts = [doc for doc in docs if is_text(doc.path)]
-    if not texts:
-        raise ValueError(f"--data {source}: no UTF-8 text in it (a .bin of tokens must be named "
-                         "train.bin or val.bin, and --data its folder)")
-    if len(texts) < len(docs):
-        other = next(doc.path for doc in docs if doc not in texts)
-        note(f"{len(docs) - len(texts)} of {len(docs)} files are left out, as they are not UTF-8 "
-             f"text: {other} for example")
-    ends = borders(texts)
-    if any(0 < end < doc.size for doc, end in zip(texts, ends)):
-        note(f"{source}: few or uneven texts, so that each gives its last 20th to validation")
-    total = 0
-    with (open(os.path.join(folder, "train.bin"), "wb") as train,
-          open(os.path.join(folder, "val.bin"), "wb") as val):
-        for i, (doc, end) in enumerate(zip(texts, ends), 1):
-            for side, tokens in document_tokens(doc.path, end, coder, split_on):
-                tokens.tofile((train, val)[side])
-                total += len(tokens)
-                if len(tokens) > 1e5 or i % 100 == 0 or i == len(texts):
-                    with contextlib.suppress(OSError):          # stderr may have been closed
-                        print(f"\rtokenizing {source}: {i}/{len(texts)} texts, "
-                              f"{total / 1e6:.1f}M {coder.name} tokens", end="", file=sys.stderr,
-                              flush=True)
-    note("")
+def write_tokens(texts, coder, split_on, folder):
+    """Write train.bin and val.bin: the tokens of each document, then end-of-text.
+
+    One text in 20, by its number, is for validation. Of fewer than 100 texts each one's last 20th
+    is. What is not text is left out, and said.
+    """
+    left_out = []
+    documents = 0
+    with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
+        for i, (name, path) in enumerate(texts, 1):
+            text = read_text(path)
+            if not text:
+                left_out.append(path)
+            border = cut_before(text, len(text) * 19 // 20)
+            if len(texts) >= 100:
+                border = 0 if number_of(name) % 20 == 0 else len(text)
+            for file, part in ((train, text[:border]), (val, text[border:])):
+                parts = part.split(split_on) if split_on else [part]
+                documents += len(parts)
+                for document in filter(None, parts):
+                    write_document(document, coder, file)
+            if i % 100 == 0 or i == len(texts):
+                tokens = (train.tell() + val.tell()) / 2e6
+                note(f"\rtokenizing: {i}/{len(texts)} texts, {tokens:.1f}M {coder.name} tokens",
+                     end="\n" if i == len(texts) else "")
+    if left_out:
+        note(f"{len(left_out)} of {len(texts)} files are left out, as they are empty or not UTF-8 "
+             f"text: {left_out[0]} for example")
+    require(len(left_out) < len(texts), "--data: no UTF-8 text in it (a .bin of tokens must be "
+            "named train.bin or val.bin, and --data its folder)")
+    if split_on and documents == 2 * len(texts):
+        note(f"warning: --split-on {split_on!r} is nowhere in the texts: each file is one document")
 
 
-def document_tokens(path, border, coder, split_on):
-    """Yield a text's tokens in pieces: (0, tokens) before the border (bytes), (1, tokens) after."""
-    place = 0
-    sides = set()
-    for piece in pieces(path, split_on):
-        length = max(1, len(piece.encode()))
-        share = min(1, max(0, border - place) / length)     # of the piece, before the border
-        middle = int(share * len(piece))
-        if 0 < middle < len(piece):
-            middle = last_border(piece[:middle], split_on)
-        place += length
-        for side, part in enumerate((piece[:middle], piece[middle:])):
-            if part:
-                sides.add(side)
-                yield side, encode(part, coder, split_on)
-    for side in sides:
-        yield side, np.array([coder.eot], "<u2")
+def read_text(path):
+    """The text of a file, without a byte order mark; '' if it is not UTF-8 or holds a NUL byte."""
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        try:
+            text = f.read()
+        except UnicodeDecodeError:
+            return ""
+    return "" if "\0" in text else text
+
+
+def cut_before(text, k):
+    """Where to cut a text so that about k characters come before: at white space, if any."""
+    space = max(text.rfind(" ", 0, k), text.rfind("\n", 0, k))
+    return space if space > 0 else k
+
+
+def write_document(text, coder, file, size=2**20):
+    """Append the tokens of a document to a file, a million characters at a time: memory is less
+    than tokens.
+    """
+    for start in range(0, len(text), size):
+        np.asarray(coder.encode(text[start:start + size]), "<u2").tofile(file)
+    np.array([coder.eot], "<u2").tofile(file)
 
 
 LONG_RUN = re.compile(r"(\s{1000}|\S{10000})")              # a million blanks are too much for BPE
 
 
 class Tokenizer:
-    """Text <-> token ids. bytes: UTF-8, 257 tokens; gpt2: tiktoken's BPE, 50257; ids: numbers."""
+    """Text <-> token ids. bytes: UTF-8, 257 tokens; gpt2: tiktoken's BPE, 50257; ids: numbers, of
+    which `eot` ends a text, if any does.
+    """
 
-    def __init__(self, name):
+    def __init__(self, name, eot=None):
+        sizes = {"bytes": (257, 256), "gpt2": (50257, 50256), "ids": (None, eot)}
         self.name = name
-        sizes = {"bytes": (257, 256), "gpt2": (50257, GPT2_EOT), "ids": (None, None)}
         self.size, self.eot = sizes[name]
+        require(eot in (None, self.eot), f"--eot {eot}: end-of-text of {name} is {self.eot}")
         self.partial = codecs.getincrementaldecoder("utf-8")("replace")
 
     @functools.cached_property
     def bpe(self):
         try:
             import tiktoken
-        except ImportError as error:
-            raise ValueError("the gpt2 tokenizer needs tiktoken: pip install tiktoken") from error
-        try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:                          # offline: whatever requests raises
-            raise ValueError(f"tiktoken can't fetch GPT-2's vocabulary ({type(error).__name__}); "
+            raise ValueError(f"GPT-2's vocabulary can't be had from tiktoken ({error!r:.150}); "
                              "without a network, set TIKTOKEN_CACHE_DIR to a folder that holds it"
                              ) from error
 
@@ -841,152 +615,162 @@ class Tokenizer:
         if self.name == "gpt2":
             parts = LONG_RUN.split(text)
             return [token for part in parts for token in self.bpe.encode_ordinary(part)]
-        for word in text.split():
-            if not (word.isascii() and word.isdigit()):
-                raise ValueError("no tokenizer for this vocabulary: write token ids, like "
-                                 f"'1 15043', not {text[:40]!r}")
-        return [int(word) for word in text.split()]
+        words = text.split()
+        require(all(word.isascii() and word.isdigit() for word in words), "no tokenizer for this "
+                f"vocabulary: write token ids, like '1 15043', not {text[:40]!r}")
+        return [int(word) for word in words]
+
+    def bytes_of(self, token):
+        """The bytes of text that a token stands for: none for end-of-text and unused tokens."""
+        if token >= self.eot:
+            return b""
+        return bytes([token]) if self.name == "bytes" else self.bpe.decode_single_token_bytes(token)
 
     def decode(self, token):
         """The text that a token completes; '' within a character, and for unused tokens."""
         if self.name == "ids":
             return f"{token} "
-        if token >= self.eot:
-            return "<|endoftext|>" if token == self.eot else ""
-        raw = bytes([token]) if self.name == "bytes" else self.bpe.decode_single_token_bytes(token)
-        return self.partial.decode(raw)
+        return "<|endoftext|>" if token == self.eot else self.partial.decode(self.bytes_of(token))
+
+
+def bytes_per_token(windows):
+    """Mean bytes of text of a validation target. None where they can't be known: of ids, and where
+    tiktoken has no vocabulary.
+    """
+    _, targets = windows.cut(*windows.evenly())
+    tokens, counts = targets[targets >= 0].unique(return_counts=True)
+    try:
+        sizes = [len(windows.coder.bytes_of(token)) for token in tokens.tolist()]
+    except (ValueError, TypeError):                         # ids have no order to eot
+        return None
+    return (torch.tensor(sizes) * counts).sum().item() / counts.sum().item()
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line, shared by the scripts
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that returns only what was typed. Its `defaults` are for `merge`."""
+    """argparse's own, but a complaint is one line, which `run` prints."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         argument_default=argparse.SUPPRESS,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.defaults = {}
-
-    def flag(self, name, default, help, type=str, **options):
-        """Add a flag. Its help ends with the default, if that is a value."""
-        self.defaults[name[2:].replace("-", "_")] = default
-        if default not in (None, ()) and not isinstance(default, bool):
-            several = isinstance(default, (list, tuple))
-            shown = " ".join(map(str, default)) if several else default
-            help = f"{help}; default: {shown}"
-        if "action" not in options:
-            options["type"] = type
-        self.add_argument(name, help=help.replace("%", "%%"), **options)
-
-    def switch(self, name, default, help):
-        """Add --name and --no-name."""
-        self.flag(name, default, help, action=argparse.BooleanOptionalAction)
-
-    def error(self, message):           # run makes one line of it
+    def error(self, message):
         raise ValueError(f"{message} (see --help)")
 
 
-def merge(*layers):
-    """One Namespace of several dicts. Later ones win: defaults, preset, checkpoint, given."""
-    config = {}
-    for layer in layers:
-        config.update(layer)
-    return argparse.Namespace(**config)
-
-
-def bounded(kind, name, low, high):
-    """The type of a flag that is a number: a function that argparse calls with the text."""
-    def convert(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:g} to {high:g}")
-    return convert
-
-
-def whole(low=1, high=2**40):
-    """The type of a flag that is a whole number."""
-    return bounded(int, "a whole number", low, high)
-
-
-def real(low, high):
-    """The type of a flag that is any number."""
-    return bounded(float, "a number", low, high)
-
-
-def filled(text):
-    """The type of a flag that must not be empty, as "$DATA" is if DATA is not set."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; is a variable of your shell not set?")
-    return text
-
-
-def source_flag(text):
-    """The type of --data: an absolute path, so that it is found from other folders, or stdlib."""
-    return "stdlib" if text == "stdlib" else os.path.abspath(filled(text))
-
-
-def pattern_flag(text):
-    """The type of flags that name a pattern: the text as `str(Pattern)` writes it."""
-    try:
-        return str(Pattern.parse(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def add_common_flags(parser):
-    """The flags of every script."""
-    parser.flag("--out", "out", "folder of the run's checkpoints and logs", filled)
-    parser.flag("--device", None, "cpu, cuda, cuda:1 ...; default: cuda if there is one")
-    parser.flag("--dtype", None, "float32 or bfloat16; default: bfloat16 on cuda, else float32",
-                choices=("float32", "bfloat16"))
-    parser.flag("--seed", 0, "of the weights, of random offsets and patterns, of sampling",
-                whole(0))
+def new_parser(doc):
+    """A parser with the flags of every script."""
+    parser = Parser(description=doc, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--out", default="out", help="folder of checkpoints and logs; default: out")
+    flag("--device", help="cpu, cuda, cuda:1 ...; default: cuda if there is one")
+    flag("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on cuda, else float32")
+    flag("--seed", type=int, default=0, help="of weights, batches and sampling; default: 0")
+    return parser
 
 
 def add_data_flags(parser):
     """The flags of every script that reads data."""
-    parser.flag("--data", ["stdlib"], "stdlib (Python's own source), text files, folders of texts, "
-                "or folders with train.bin and val.bin; each row of a batch reads a stretch of all "
-                "of them", source_flag, nargs="+")
-    parser.flag("--tokenizer", None, "of texts: bytes (default) or gpt2; of .bin files: what they "
-                "were made with; default: ids", choices=("bytes", "gpt2", "ids"))
-    parser.flag("--split-on", None, "in text files, the text between two documents, such as "
-                "<|endoftext|>", filled)
-    parser.flag("--eot", None, "end-of-text token of .bin files, -1 for none; default: the "
-                "tokenizer's, or 50256 if it occurs", whole(-1, 65535))
-    parser.flag("--context", 1024, "tokens per sequence", whole(1, 2**24))
-    parser.flag("--eval-windows", 64, "windows of validation data, spread evenly", whole())
-    parser.flag("--eval-batch", 8, "windows that are validated at once", whole())
-    parser.defaults["sources"] = {}                         # filled in by load_data
+    flag = parser.add_argument
+    flag("--data", nargs="+", type=source_flag, help="stdlib (Python's own source, the default), "
+         "text files, folders of texts, or folders with train.bin and val.bin")
+    flag("--tokenizer", choices=("bytes", "gpt2", "ids"), help="of texts: bytes (default) or gpt2; "
+         "of .bin files, what they were made with: gpt2 (default) or ids")
+    flag("--eot", type=int, help="end-of-text token of ids; default: none")
+    flag("--split-on", help="in texts, what stands between documents, such as <|endoftext|>")
+    flag("--context", type=int, default=1024, help="tokens per sequence")
+    flag("--eval-windows", type=int, default=64, help="windows of validation data, spread evenly")
+    flag("--eval-batch", type=int, default=8, help="windows that are validated at once")
+    parser.set_defaults(data_key=None, vocab_size=None)             # filled in by load_data
 
 
-def add_fit_flags(parser):
+def add_training_flags(parser):
     """The flags of pretraining and adaptation."""
-    flag = parser.flag
-    flag("--batch-size", 16, "sequences per update", whole(1, 2**20))
-    flag("--grad-accum", 1, "parts that a batch is run in, to save memory", whole())
-    flag("--steps", 1000, "batches to train on", whole())
-    flag("--lr", 1e-3, "peak learning rate", real(1e-12, 1e3))
-    flag("--min-lr", 1e-6, "learning rate of the last step", real(0, 1e3))
-    flag("--warmup", 0.05, "share of the steps, 0 to 1, in which the rate rises",
-         bounded(float, "a share of the steps, a number", 0, 1))
-    flag("--weight-decay", 0.1, "of AdamW, on all parameters", real(0, 100))
-    flag("--clip", 1.0, "largest gradient norm, 0 for no limit", real(0, 1e12))
-    flag("--log-interval", 10, "steps between log lines", whole())
-    parser.switch("--compile", None, "torch.compile the blocks; default: on a GPU with triton")
-    parser.switch("--checkpointing", False, "save memory: compute activations again in backward")
-    parser.switch("--resume", False, "go on with the run in --out; adapt.py: keep what is done")
-    parser.switch("--overwrite", False, "start anew; old files are renamed to NAME.old")
+    flag = parser.add_argument
+    flag("--batch-size", type=int, default=16, help="sequences per update")
+    flag("--grad-accum", type=int, default=1, help="parts of a batch that run one by one")
+    flag("--steps", type=int, default=1000, help="batches to train on")
+    flag("--optimizer", choices=("adamw", "muon"), default="adamw",
+         help="muon: of the blocks' matrices, with AdamW for the rest, and at ten times its rate")
+    flag("--lr", type=float, default=1e-3, help="peak learning rate")
+    flag("--min-lr", type=float, default=1e-6, help="learning rate of the last step")
+    flag("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
+    flag("--weight-decay", type=float, default=0.1, help="on all parameters")
+    flag("--clip", type=float, default=1.0, help="largest gradient norm, 0 for no limit")
+    flag("--log-interval", type=int, default=10, help="steps between log lines")
+    flag("--eval-interval", type=int, default=250, help="steps between saves and validations")
+    switch = {"action": argparse.BooleanOptionalAction}
+    flag("--compile", **switch, help="torch.compile the blocks; default: on a GPU")
+    flag("--checkpointing", **switch, default=False, help="save memory: compute activations again")
+    flag("--resume", **switch, default=False, help="go on with what is in --out")
+    flag("--overwrite", **switch, default=False, help="start anew; old files become NAME.old")
+    parser.set_defaults(one_update=False)
+
+
+def source_flag(text):
+    """The type of --data: an absolute path, so that it is found from other folders, or stdlib."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; is a variable of your shell not set?")
+    return "stdlib" if text == "stdlib" else os.path.abspath(text)
+
+
+def pattern_flag(text):
+    """The type of flags that name a pattern: the text as `str(Pattern)` writes it, or none."""
+    try:
+        return text if text == "none" else str(Pattern.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def check(config):
+    """Fill in what flags leave open: the data, the device, its dtype, --compile. ValueError if
+    flags do not go together.
+    """
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and name != "eot":
+            least = 1 if type(value) is int and name != "seed" else 0
+            require(least <= value < math.inf, f"--{name.replace('_', '-')} is at least {least}, "
+                    f"not {value}")
+    require(config.batch_size % (WORLD * config.grad_accum) == 0, f"--batch-size "
+            f"{config.batch_size} does not split into --grad-accum {config.grad_accum} x {WORLD} "
+            "processes")
+    require(config.min_lr <= config.lr, f"--min-lr {config.min_lr:g} is above --lr {config.lr:g}: "
+            "the learning rate would rise")
+    require(not (config.resume and config.overwrite), "--resume goes on with a run and --overwrite "
+            "starts anew: give one")
+    config.data = config.data or ["stdlib"]
+    use_device(config)
+    if config.compile is None:
+        config.compile = on_gpu(config)
+
+
+OF_A_RUN = {"checkpoint", "seed", "dtype", "data_key"}              # what a new run takes from none
+OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what checkpoints do not keep
+FREE = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
+        "checkpointing", *OF_A_CALL}
+# What may differ in a resumed run. The data's key must be the same, wherever they lie. More steps
+# prolong a run, and stretch the schedule of the learning rate. The others change no result.
+
+
+def recorded(config):
+    """The flags that a checkpoint keeps."""
+    return {name: value for name, value in vars(config).items() if name not in OF_A_CALL}
+
+
+def refuse_changes(path, saved, config, free=()):
+    """ValueError if a flag is not what the checkpoint at `path` has for it. The flags that are not
+    typed have its values, as they were set as defaults.
+    """
+    for name, value in saved.items():
+        mine = getattr(config, name)
+        require(name in free or mine == value, f"--{name.replace('_', '-')} {mine}: {path} has "
+                f"{value}, and what changes the result can't differ; --out starts another run")
 
 
 def on_gpu(config):
     return config.device.startswith("cuda")
 
 
-def resolve_device(config):
+def use_device(config):
     """Fill in config.device and config.dtype. ValueError if the device can't be used."""
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if on_gpu(config) and WORLD > 1:
@@ -999,90 +783,88 @@ def resolve_device(config):
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
     config.dtype = config.dtype or ("bfloat16" if on_gpu(config) else "float32")
-    if on_gpu(config) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(4)                            # more would only wait for one another
-
-
-def resolve_compile(config, default):
-    """Fill in config.compile: False where torch.compile lacks what it needs, with a note if it was
-    asked for.
-    """
-    needs = "triton" if on_gpu(config) else os.environ.get("CXX", "g++")
-    able = importlib.util.find_spec(needs) if on_gpu(config) else shutil.which(needs)
-    if config.compile and not able:
-        note(f"--compile: {needs} is not installed here, going on without")
-    wanted = default if config.compile is None else config.compile
-    config.compile = bool(wanted and able)
-
-
-def resolve_fit(config):
-    """Fill in device, dtype, compile. ValueError if flags of training do not go together."""
-    resolve_device(config)
-    resolve_compile(config, on_gpu(config))
-    if config.batch_size % (WORLD * config.grad_accum):
-        raise ValueError(f"--batch-size {config.batch_size} does not split into --grad-accum "
-                         f"{config.grad_accum} x {WORLD} processes")
-    if config.min_lr > config.lr:
-        raise ValueError(f"--min-lr {config.min_lr:g} is above --lr {config.lr:g}: the learning "
-                         "rate would rise")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite starts anew: give one")
 
 
 def header(model, config):
     """Print what runs on what: the first lines of every script."""
     shape = model.config
+    kind = "RAT+" if shape.recurrence else "attention only"
     size = sum(p.numel() for p in model.parameters())
-    say(f"{shape.name} | {size / 1e6:.2f}M parameters | {shape.n_layer} layers x {shape.n_embd}, "
-        f"{shape.n_head} heads, vocabulary {shape.vocab_size}")
-    say(f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} CPU threads, {config.dtype} | {path_taken(config.device)}"
-        f"{f' | {WORLD} processes' * (WORLD > 1)}")
+    runs = "Triton kernels" if on_kernels(model.embed.weight) else "plain PyTorch"
+    if on_gpu(config):
+        runs += f" on {torch.cuda.get_device_name()}"
+    print(f"{kind} | {size / 1e6:.2f}M parameters | {shape.n_layer} layers x {shape.n_embd}, "
+          f"{shape.n_head} heads, vocabulary {shape.vocab_size}\n"
+          f"python {platform.python_version()}, torch {torch.__version__}, {config.dtype} | {runs}"
+          f"{f' | {WORLD} processes' * (WORLD > 1)}", flush=True)
+
+
+def note(text, end="\n"):
+    """Say something beside the result, on stderr, once for all processes."""
+    if RANK == 0:
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def catch_signals():
+    """A list to which Ctrl-C, SIGTERM or SIGHUP (unless ignored, as by nohup) adds from now on. The
+    second one ends the process at once, but not under torchrun, which passes on the first twice.
+    """
+    signals = []
+
+    def catch(number, frame):
+        signals.append(number)
+        if WORLD == 1:
+            signal.signal(number, signal.default_int_handler)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)                # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, catch)
+    return signals
+
+
+def out_of_memory(error):
+    """Whether the error says that memory ran out. A CPU's is a plain RuntimeError in torch."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
+def run(main):
+    """Call main() as a script. Bad input, a missing file, a lack of memory and Ctrl-C become one
+    line on stderr and a non-zero exit. A reader that has seen enough (`| head`) ends it silently.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                  # an ASCII terminal shows what it can
+            stream.reconfigure(errors="backslashreplace")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    code = 0
+    try:
+        main()
+        summed(torch.zeros(1))                              # all processes have come here
+        print(end="", flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        told = isinstance(error, (ValueError, OSError, KeyboardInterrupt)) or out_of_memory(error)
+        if not told:
+            raise
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        note(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split()) or 'interrupted'}")
+    if WORLD > 1:
+        os._exit(code)                      # does not wait for what others will not send
+    if code:
+        sys.exit(code)
 
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints and logs
 
-OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}         # not saved
-OF_A_RUN = {"checkpoint", "pattern", "seed", "dtype"}       # saved; a new run takes none
-FREE = {"steps", "log_interval", "eval_interval", "eval_batch", "grad_accum", "checkpointing"}
-# A resumed run may have other FREE flags. More steps prolong it, and stretch the schedule of the
-# learning rate; the others change no result.
-
-
-def recorded(flags):
-    """Of the flags in a dict, those that a checkpoint keeps, as this version writes them."""
-    kept = {name: value for name, value in flags.items() if name not in OF_A_CALL}
-    for name in ("data", "arl"):
-        if isinstance(kept.get(name), str):                             # an older checkpoint's
-            kept[name] = [kept[name]]
-    return kept
-
-
-def of_run(path, meta, given, known):
-    """What a script inherits from the checkpoint of a run at `path`, for the flags in `known`.
-
-    That is what describes the model, its data and its recipe, never a flag of that call. If --data
-    is given, the end-of-text token is found anew. ValueError if the run's data are not known.
-    """
-    if not meta.get("train") and "data" not in given:
-        raise ValueError(f"{path} does not say what it was trained on: --data is needed")
-    left_out = {*OF_A_RUN, *(("eot", "split_on") if "data" in given else ())}
-    saved = recorded({**meta.get("train", {}), "tokenizer": meta["tokenizer"]})
-    return {name: value for name, value in saved.items() if name in known and name not in left_out}
-
-
-def refuse_changes(path, saved, given, free=()):
-    """ValueError if a flag in `given` is not what the checkpoint at `path` has for it."""
-    for name, value in recorded(given).items():
-        if name not in free and saved.get(name, value) != value:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: {path} has {saved[name]}, and "
-                             "what changes the result can't differ; --out starts another run")
-
-
 def file_of(pattern, out):
-    """The checkpoint of a pattern in `out`: D16.pt, D1+D4_D8.pt of D1,D4/D8, N4K2-last.pt."""
-    name = str(pattern).replace(",", "+").replace("/", "_").replace(":", "-")
+    """The checkpoint of a pattern in `out`: dense.pt of D1, D16.pt, D1+D4_D8.pt of D1,D4/D8."""
+    name = "dense" if str(pattern) == "D1" else str(pattern).translate(str.maketrans(",/:", "+_-"))
     return os.path.join(out, f"{name}.pt")
 
 
@@ -1092,76 +874,75 @@ def fingerprint(model):
     return hashlib.md5(weights.tobytes()).hexdigest()[:8]
 
 
-@contextlib.contextmanager
-def open_log(path, step=0):
-    """The JSONL log beside the checkpoint `path`, which is locked meanwhile.
+def save(path, model, optimizers=None, **meta):
+    """save_checkpoint of process 0, with the optimizers' states."""
+    if RANK == 0:
+        states = {name: each.state_dict() for name, each in (optimizers or {}).items()}
+        save_checkpoint(path, model, **meta, **states)
 
-    At step 0 the files of an earlier run are renamed, so that they can't pass for those of the new
-    one. Otherwise the log keeps its records up to `step`: a resumed run has each step once.
+
+def open_log(path, config, first=0):
+    """The JSONL log beside the checkpoint `path`, open for adding.
+
+    A new run creates it: another run's files there are refused, or with --overwrite renamed, so
+    that they can't pass for those of the new one. A resumed run keeps the records of its first
+    steps, so that each step is there once, and leaves torn lines out.
     """
     if RANK:
-        yield open(os.devnull, "w")
-        return
+        return open(os.devnull, "w")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    name = path.removesuffix(".pt")
-    log_path = f"{name}.jsonl"
-    with lock(f"{name}.lock"):
-        if step == 0:
-            for old in filter(os.path.exists, (path, log_path)):
-                os.replace(old, f"{old}.old")
-        elif os.path.exists(log_path):
-            keep_records(log_path, step)
-        with open(log_path, "a") as log:
-            yield log
-
-
-def keep_records(path, step):
-    """Rewrite a log with its records of up to `step` steps. Torn lines are left out."""
-    kept = []
-    torn = 0
-    with open(path, errors="replace") as f:
-        for line in f.read().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError):
-                torn += 1
-    if torn:
-        note(f"{path}: {torn} torn lines are left out")
-    with open(f"{path}.tmp", "w") as f:
-        f.writelines(kept)
-    os.replace(f.name, path)
+    log_path = path.removesuffix(".pt") + ".jsonl"
+    for old in filter(os.path.exists, () if first else (path, log_path)):
+        require(config.overwrite or config.resume, f"{old} exists: --resume goes on with it, "
+                "--overwrite starts anew, --out names another folder")
+        os.replace(old, f"{old}.old")
+    if first and os.path.exists(log_path):
+        kept = []
+        with open(log_path, errors="replace") as log:
+            for line in log:
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    if json.loads(line)["step"] <= first:
+                        kept.append(line)
+        with open(f"{log_path}.tmp", "w") as log:
+            log.writelines(kept)
+        os.replace(log.name, log_path)
+    return open(log_path, "a" if first else "x")
 
 
 def report(log, text, **record):
     """A record in the log, and a line on the screen."""
     log.write(json.dumps(record) + "\n")
     log.flush()
-    say(text)
+    print(text, flush=True)
 
 
-def log_line(record, config):
-    *sparse, main = record["losses"].values()
-    sparse = "".join(f" sparse {loss:.4f}" for loss in sparse)
+def log_line(record, config, pattern="D1"):
+    losses = dict(record["losses"])
+    main = f" | loss {losses.pop(pattern):.4f}" if pattern in losses else " |"
+    sparse = "".join(f" sparse {loss:.4f}" for loss in losses.values())
     mfu = f" | MFU {record['mfu']:.0%}" * (record["mfu"] > 0)
-    return (f"step {record['step']:04}/{config.steps:04} | loss {main:.4f}{sparse} | "
-            f"lr {record['lr']:.1e} | norm {record['norm']:.2f} | {record['ms']:.0f} ms | "
-            f"{record['rate'] / 1e3:.1f}k tok/s{mfu} | ETA {record['eta']:.1f} min")
+    return (f"step {record['step']:04}/{config.steps:04}{main}{sparse} | lr {record['lr']:.1e} | "
+            f"norm {record['norm']:.2f} | {record['ms']:.0f} ms | {record['rate'] / 1e3:.1f}k tok/s"
+            f"{mfu} | ETA {record['eta']:.1f} min")
 
 
-def memory(config):
-    """What a validation line says of the GPU's memory."""
-    if not on_gpu(config):
-        return ""
-    return f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+def validation_line(losses, per_byte, config):
+    """What a validation found: nats per token, bits per byte of the first, the GPU's peak memory.
+    """
+    text = "val " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    if per_byte:
+        text += f" | {bits_per_byte(next(iter(losses.values())), per_byte):.4f} bits per byte"
+    if on_gpu(config):
+        text += f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    return text
 
 
 # --------------------------------------------------------------------------------------------------
 # Pretraining and fine-tuning
 
 RECIPES = {                                             # how each of model.PRESETS is pretrained
-    "laptop": dict(context=256, batch_size=16, steps=300, lr=2e-3, eval_interval=100),
-    "small": dict(context=2048, batch_size=32, steps=1000, lr=1e-3),
+    "laptop": dict(context=256, batch_size=16, steps=150, lr=4e-3, eval_interval=150),
+    "small": dict(context=2048, batch_size=32, steps=1000, lr=12e-3, optimizer="muon"),
     "base": dict(context=4096, batch_size=128, grad_accum=16, steps=5000, lr=8e-4),
     "paper-1.5b": dict(context=4096, batch_size=512, grad_accum=128, steps=47684, lr=8e-4),
     "paper-2.6b": dict(context=4096, batch_size=512, grad_accum=256, steps=47684, lr=8e-4),
@@ -1170,157 +951,119 @@ RECIPES = {                                             # how each of model.PRES
 
 
 def train_flags():
-    parser = Parser(__doc__)
-    flag = parser.flag
-    add_common_flags(parser)
+    parser = new_parser(__doc__)
     add_data_flags(parser)
-    add_fit_flags(parser)
-    flag("--preset", None, "shape and recipe; default: small for your data on a GPU, else laptop",
-         choices=[*PRESETS])
-    flag("--n-layer", None, "layers; default: the preset's", whole(1, 1000))
-    flag("--n-head", None, "heads; default: the preset's", whole(1, 1024))
-    flag("--n-embd", None, "width; default: the preset's", whole(1, 2**17))
-    flag("--vocab-size", None, "rounded up to a multiple of 64; default: the tokenizer's, else the "
-         "largest token + 1", lambda text: in_64s(whole(1, 65536)(text)))
-    parser.switch("--recurrence", True, "--no-recurrence: the attention-only baseline")
-    flag("--arl", None, "patterns of the sparse updates, of which each batch draws one; none: no "
-         "such update; default: D64, none without recurrence", arl_flag, nargs="+")
-    flag("--pattern", None, "the pattern of all updates, without ARL; it names the checkpoint",
-         pattern_flag)
-    flag("--checkpoint", None, "weights to start a new run from; adapted ones go on in their "
-         "pattern alone", filled)
-    parser.switch("--random", False, "read windows at random offsets, not in order")
-    flag("--eval-interval", 250, "steps between validations; each saves a checkpoint", whole())
+    add_training_flags(parser)
+    flag = parser.add_argument
+    switch = {"action": argparse.BooleanOptionalAction}
+    flag("--preset", choices=[*PRESETS], help="shape and recipe; default: laptop")
+    flag("--n-layer", type=int, help="layers")
+    flag("--n-head", type=int, help="heads")
+    flag("--n-embd", type=int, help="width")
+    flag("--vocab-size", type=in_64s, help="in 64s; default: the tokenizer's")
+    flag("--recurrence", **switch, default=True, help="--no-recurrence: attention only")
+    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates, of which "
+         "each batch draws one; none: no such update; default: D64 for a dense RAT+, else none")
+    flag("--one-update", **switch, default=False, help="each batch makes the sparse update or the "
+         "main one, by lot: an ordinary model's FLOPs")
+    flag("--pattern", type=pattern_flag, default="D1", help="of the main updates; it names the "
+         "checkpoint")
+    flag("--checkpoint", help="weights to start a new run from")
     return parser
 
 
-def arl_flag(text):
-    return text if text == "none" else pattern_flag(text)
-
-
-def only_pattern(given, meta):
-    """The one pattern of all updates, of --pattern or an adapted --checkpoint; None: dense, ARL."""
-    own = meta.get("pattern")
-    if own == "D1" and "adapt" not in meta and not meta.get("train", {}).get("pattern"):
-        own = None                          # trained dense, with ARL or without
-    pattern = given.get("pattern", own)
-    if own not in (None, pattern):
-        raise ValueError(f"--pattern {pattern}: {given['checkpoint']} was trained in {own} alone")
-    if pattern and "arl" in given:
-        raise ValueError(f"--arl belongs to dense training, and all updates are in {pattern} here")
-    return pattern
-
-
-def of_checkpoint(path, model, meta, given, known):
-    """What a checkpoint says of the flags in `known`: all of them for --resume, else `of_run`."""
-    shape = asdict(model.config)
-    unknown = {*meta.get("train", {})} - {*known}
-    if unknown:
-        note(f"{path} has flags that mean nothing here: {', '.join(sorted(unknown))}")
-    if not given.get("resume"):
-        saved = of_run(path, meta, given, known)
-    elif "optimizer" in meta:
-        saved = {name: value for name, value in recorded(meta["train"]).items() if name in known}
-        refuse_changes(path, saved, given, FREE)
-    else:
-        raise ValueError(f"{path} is not a checkpoint of train.py, it can't be resumed")
-    refuse_changes(path, shape, {**PRESETS.get(given.get("preset"), {}), **given})
-    return {**saved, **shape}
-
-
-def default_preset(given):
-    """small on a GPU, but for Python's own source, which is too little text for it; else laptop."""
-    gpu = given.get("device", "cuda" if torch.cuda.is_available() else "cpu").startswith("cuda")
-    return "small" if gpu and given.get("data", ["stdlib"]) != ["stdlib"] else "laptop"
-
-
-def settle(parser, given, saved):
-    """The config of a run. Names of patterns become Patterns in main."""
-    preset = given.get("preset") or saved.get("preset") or default_preset(given)
-    recipe = {**PRESETS[preset], **RECIPES[preset], "preset": preset}
-    config = merge(parser.defaults, recipe, saved, given)
-    resolve_fit(config)
+def settle(parser, argv):
+    """(config, path, model, meta) of a run; model and meta of the checkpoint that it starts from,
+    if any. A checkpoint's flags are defaults, the shape of its model too.
+    """
+    config = parser.parse_args(argv)
+    path = file_of(config.pattern, config.out)
+    start = path if config.resume else config.checkpoint
+    model, meta = load_checkpoint(start) if start else (None, {})
+    saved = {name: value for name, value in meta.get("train", {}).items() if hasattr(config, name)}
+    if start:
+        saved |= {**asdict(model.config), "tokenizer": meta["tokenizer"]}
+    if config.resume:
+        require("optimizer" in meta, f"{path} is not of train.py, it can't be resumed")
+    elif start:
+        require(saved.get("data") or config.data, f"{start} does not say what it was trained on: "
+                "--data is needed")
+        own = meta["pattern"]
+        saved = {name: value for name, value in saved.items() if name not in OF_A_RUN}
+        if config.pattern != own:
+            saved.pop("arl", None)
+        saved["pattern"] = own
+    preset = config.preset or saved.get("preset") or "laptop"
+    parser.set_defaults(**{**PRESETS[preset], **RECIPES[preset], "preset": preset, **saved})
+    config = parser.parse_args(argv)
     if config.arl is None:
-        config.arl = ["D64"] if config.recurrence else ["none"]
-    return config
+        config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
+    if start:
+        refuse_changes(start, saved if config.resume else asdict(model.config), config, FREE)
+    check(config)
+    return config, file_of(config.pattern, config.out), model, meta
 
 
 def main(argv=None):
-    parser = train_flags()
-    given = vars(parser.parse_args(argv))
-    parent = given.get("checkpoint")
-    model, meta = load_checkpoint(parent) if parent else (None, {})
-    pattern = only_pattern(given, meta)
-    path = file_of(pattern or "dense", given.get("out", "out"))
-    if parent and os.path.realpath(path) == os.path.realpath(parent):
-        raise ValueError(f"--checkpoint {parent} is where the run would write; --out names another "
-                         "folder")
-    if given.get("resume"):
-        model, meta = load_checkpoint(path, training=True)
-    elif os.path.exists(path) and not given.get("overwrite"):
-        raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out "
-                         "names another folder")
-    saved = of_checkpoint(path if given.get("resume") else parent, model, meta, given,
-                          parser.defaults) if model else {}
-    config = settle(parser, given, saved)
-    config.pattern = pattern
-    data = load_data(config, config.vocab_size)
-    config.vocab_size = data.vocab_size
-
+    config, path, model, meta = settle(train_flags(), argv)
+    train, val = load_data(config)
+    require(not config.resume or config.data_key == meta["train"].get("data_key"), f"--resume: "
+            f"{' '.join(config.data)} holds other tokens than {path} was trained on")
     torch.manual_seed(config.seed)
     if model is None:
         model = RATPlus(RATConfig(config.vocab_size, config.n_layer, config.n_head, config.n_embd,
                                   config.recurrence))
     model.to(config.device)
-    main_pattern = Pattern.parse(pattern or "D1").fit(model.config)
-    names = [] if pattern or config.arl == ["none"] else config.arl
-    arl = [None if name == "none" else Pattern.parse(name).fit(model.config) for name in names]
-    kin = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
-    optimizer = new_optimizer(model, config)
+    pattern = Pattern.parse(config.pattern).check(model.config)
+    arl = [Pattern.parse(name).check(model.config) for name in config.arl if name != "none"]
+    parent = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
+    optimizers = new_optimizers(model, config)
     first = meta["step"] if config.resume else 0
     if config.resume:
-        optimizer.load_state_dict(meta["optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(meta[name])
     header(model, config)
+    per_byte = bytes_per_token(val)
 
-    def batch(step):
-        windows = at_random if config.random else in_order
-        return cut(data.train, windows(step, config, data.train), config.eot)
+    def save_at(step, losses):
+        save(path, model, optimizers, step=step, pattern=str(pattern), val=losses, **parent,
+             tokenizer=config.tokenizer, train=recorded(config))
 
-    def save(step, val):
-        if RANK == 0:
-            save_checkpoint(path, model, step=step, pattern=str(main_pattern), val=val, **kin,
-                            tokenizer=config.tokenizer, train=recorded(vars(config)),
-                            optimizer=optimizer.state_dict())
-        shown = " ".join(f"{name} {loss:.4f}" for name, loss in val.items()) or "not measured"
-        report(log, f"step {step:04} | val {shown}{memory(config)} | saved {path}", step=step,
-               val=val)
-
-    with open_log(path, first) as log, stop_signals() as stop:
-        report(log, describe(config, data, main_pattern, names), step=first,
-               config=recorded(vars(config)), torch=torch.__version__)
-        for record in fit(model, config, batch, optimizer, main_pattern, arl, first, stop):
+    signals = catch_signals()
+    with open_log(path, config, first) as log:
+        report(log, describe(config, model, train, val), step=first, config=recorded(config),
+               torch=torch.__version__)
+        for record in fit(model, config, train.batch, optimizers, pattern, arl, first, signals):
             step = record["step"]
             ends = step == config.steps
             stopped = record.pop("stopped")
+            due = ends or step % config.eval_interval == 0
+            if due or stopped:
+                save_at(step, {})                       # before the validation, which takes time
             if ends or stopped or step % config.log_interval == 0:
                 report(log, log_line(record, config), **record)
             if stopped:
-                save(step, {})
-                raise KeyboardInterrupt(f"; step {step} is saved in {path}, --resume goes on")
-            if ends or step % config.eval_interval == 0:
-                patterns = (main_pattern, *filter(None, dict.fromkeys(arl)))
-                save(step, {str(p): evaluate(model, data.val, p, config) for p in patterns})
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, --resume "
+                                        "goes on")
+            if due:
+                losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
+                save_at(step, losses)
+                text = validation_line(losses, per_byte, config)
+                report(log, f"step {step:04} | {text} | saved {path}", step=step, val=losses)
     if first >= config.steps:
-        say(f"{path} is complete: {first} steps")
+        print(f"{path} is complete: {first} steps")
 
 
-def describe(config, data, pattern, arl):
+def describe(config, model, train, val):
     """The flags, the data and the updates of a run, in two lines."""
     flags = " ".join(f"{name}={value}" for name, value in vars(config).items())
-    tokens = config.steps * config.batch_size * config.context / 1e6
-    sparse = f"{' or '.join(arl)}, then " if arl else ""
-    return (f"{flags}\n{tokens:.2f}M tokens to train on, of {len(data.train) / 1e6:.3g}M; each "
-            f"batch updates with {sparse}{pattern}; {len(data.val) / 1e6:.3g}M for validation")
+    tokens = config.steps * config.batch_size * config.context
+    size = sum(p.numel() for p in model.parameters())
+    sparse = [name for name in config.arl if name != "none"]
+    both = f"{' or '.join(sparse)}{', or ' if config.one_update else ', then '}" if sparse else ""
+    return (f"{flags}\n{tokens / 1e6:.2f}M tokens to train on, {tokens / size:.2g} a parameter, of "
+            f"{len(train) / 1e6:.3g}M; each batch updates with {both}{config.pattern}; "
+            f"{len(val) / 1e6:.3g}M for validation")
 
 
 if __name__ == "__main__":
