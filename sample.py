@@ -1,9 +1,7 @@
 """
 Sparse inference: a prompt in, text out, dense or under any pattern. Or, with --bench, its cost.
 
-Prefill runs the prompt in parallel and fills the cache. Each step then appends one token. With
-dilation D the cache holds every D-th position only, so its bytes and the keys that a step reads
-fall D times. A step has to move, at the least, this many bytes:
+The prompt fills the cache, then each step appends one token. A step moves at least these bytes:
 
   weights, once for the whole batch  +  batch * (keys, values and states of the cache)
 
@@ -11,357 +9,255 @@ One sequence is bound by the weights and gains little. A large batch is bound by
 small cache makes room for a large batch: that is where the speed comes from.
 
 `python sample.py --pattern D16 --prompt "def "` takes out/D16.pt if there is one, else out/dense.pt
-with a warning. `python sample.py --bench --preset paper-1.5b --contexts 4096 16384` prints a
-Markdown table, dense first.
+with a warning. `python sample.py --bench --preset paper-1.5b --contexts 4096 16384` prints a table.
 """
+import argparse
 import gc
-import itertools
+import math
 import os
 import time
-from typing import NamedTuple
+from itertools import islice, product
 
 import torch
 
-from model import PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint
-from train import (Parser, Tokenizer, add_common_flags, file_of, filled, fingerprint, header, merge,
-                   note, on_gpu, out_of_memory, pattern_flag, real, resolve_compile, resolve_device,
-                   run, say, whole)
-
-OF_TEXT = {"prompt", "temperature", "top_k", "top_p", "max_len", "tokenizer", "out"}
-OF_BENCH = {"preset", "contexts", "max_batch"}
+from model import PRESETS, RATConfig, RATPlus, load_checkpoint, require
+from train import (Tokenizer, file_of, fingerprint, header, new_parser, note, on_gpu, out_of_memory,
+                   pattern_flag, run, use_device)
 
 
-def sample_flags():
-    parser = Parser(__doc__)
-    add_common_flags(parser)
-    parser.flag("--checkpoint", None, "default: the pattern's in --out, else dense.pt there; with "
-                "--bench: random weights", type=filled)
-    parser.flag("--pattern", None, "the pattern to decode with, default: D1; with --bench several "
-                "beside D1, default: D16 D64 D16W256S4", nargs="+", type=pattern_flag)
-    parser.flag("--prompt", None, "text, or token ids if the checkpoint has no tokenizer of ours")
-    parser.flag("--tokens", 200, "how many to generate", type=whole())
-    parser.flag("--temperature", 0.8, "0: always the likeliest token", type=real(0, 1e6))
-    parser.flag("--top-k", None, "draw among the k likeliest tokens", type=whole())
-    parser.flag("--top-p", None, "draw among the fewest tokens that reach this probability",
-                type=real(1e-9, 1))
-    parser.flag("--max-len", None, "tokens that the cache has room for; default: as needed",
-                type=whole())
-    parser.flag("--tokenizer", None, "default: the checkpoint's", choices=("bytes", "gpt2", "ids"))
-    parser.switch("--compile", False, "torch.compile what a step computes before and after its "
-                  "attention: faster steps, after half a minute")
-    parser.switch("--bench", False, "time prefill and greedy decoding instead of writing text")
-    parser.flag("--preset", "laptop", "of --bench without --checkpoint: the model's shape",
-                choices=[*PRESETS])
-    parser.flag("--contexts", [4096], "of --bench: tokens in the cache before decoding starts",
-                nargs="+", type=whole())
-    parser.flag("--max-batch", None, "of --bench: the largest batch tried; default: 8 on a CPU, "
-                "8192 on a GPU", type=whole())
-    return parser
-
-
-def refuse_idle(given):
-    """ValueError for a flag that means nothing in this call."""
-    bench = given.get("bench")
-    for name in given:
-        if name in (OF_TEXT if bench else OF_BENCH):
-            where = "with" if bench else "without"
-            raise ValueError(f"--{name.replace('_', '-')} means nothing {where} --bench")
-    if "preset" in given and "checkpoint" in given:
-        raise ValueError("--preset means nothing with --checkpoint, whose shape is its own")
-
-
-def prepare(model, flags):
-    """Cast the model to --dtype, compile what --compile asks for, print the header."""
-    model.to(getattr(torch, flags.dtype))
-    if flags.compile:
-        torch._dynamo.config.recompile_limit = 64       # one graph for each size of batch
-        options = {"coordinate_descent_tuning": True}   # at batch 1, Triton multiplies by weights
-        if on_gpu(flags) and torch.cuda.get_device_capability()[0] >= 9:
-            options["triton.enable_pdl"] = True         # a kernel starts while the last one ends
-        model.compile_step(dynamic=False, options=options)
-    header(model, flags)
-
-
-# ---------------------------------------------------------------------------------------------
-# Text
-
-def load_weights(pattern, flags):
-    """(path, model, meta): of --checkpoint, else of the pattern's own file, else of dense.pt."""
-    dense = os.path.join(flags.out, "dense.pt")
-    path = flags.checkpoint or file_of(pattern, flags.out)
-    if not flags.checkpoint and not os.path.exists(path):
-        path = dense
+def find_weights(flags):
+    """(name, model, meta): --checkpoint, else with --bench random weights, else the pattern's own
+    file, else dense.pt.
+    """
+    if flags.bench and not flags.checkpoint:
+        with torch.device(flags.device):
+            model = RATPlus(RATConfig(vocab_size=32000, **PRESETS[flags.preset]))
+        return f"{flags.preset}, random weights", model, {}
+    pattern = flags.pattern[0]
+    dense = file_of("D1", flags.out)
+    own = file_of(pattern, flags.out)
+    path = flags.checkpoint or (own if os.path.exists(own) else dense)
     model, meta = load_checkpoint(path, flags.device)
-    if path not in (dense, flags.checkpoint) and os.path.exists(dense):
-        check_parent(path, meta, dense)
-    if meta["pattern"] != str(pattern):
+    if path not in (flags.checkpoint, dense) and "parent" in meta and os.path.exists(dense):
+        dense_model, dense_meta = load_checkpoint(dense)
+        parents = fingerprint(dense_model), dense_meta.get("parent")
+        require(meta["parent"] in parents, f"{path} was adapted from other weights than {dense} "
+                f"holds now: run adapt.py again, or take it as it is with --checkpoint {path}")
+    if meta["pattern"] != pattern and not flags.bench:
         note(f"warning: {path} was trained for {meta['pattern']}, not for {pattern}; see adapt.py")
     return path, model, meta
 
 
-def check_parent(path, meta, dense):
-    """ValueError if the checkpoint at `path` was adapted from other weights than `dense` holds."""
-    model, dense_meta = load_checkpoint(dense)
-    parents = fingerprint(model), dense_meta.get("parent")
-    if "parent" in meta and meta["parent"] not in parents:
-        raise ValueError(f"{path} was adapted from other weights than {dense} holds now: run "
-                         f"adapt.py again, or take it as it is with --checkpoint {path}")
-
-
-def encode_prompt(prompt, coder, vocab_size):
-    """The prompt's token ids, a list. ValueError that names --prompt if it can't be had."""
-    try:
-        ids = list(map(int, coder.encode(prompt)))      # bytes: as the shell gave them
-    except ValueError as error:                         # a byte of another encoding, or no number
-        raise ValueError(f"--prompt {prompt[:40]!a}: {error}") from error
-    if not ids or max(ids) >= vocab_size:
-        raise ValueError(f"--prompt {prompt[:40]!a}: at least one token is needed, each below "
-                         f"{vocab_size}")
-    return ids
-
-
-def room_for(n_prompt, flags):
-    """Tokens that the cache must take: all but the last one, which is never appended."""
-    needed = n_prompt + flags.tokens - 1
-    if flags.max_len and flags.max_len < needed:
-        raise ValueError(f"--max-len {flags.max_len}: a prompt of {n_prompt} tokens and "
-                         f"--tokens {flags.tokens} need {needed}")
-    return flags.max_len or needed
-
-
-def prefill(model, idx, max_len, pattern):
-    """(a new cache with the prompt in it, the logits after it (1, V), seconds)."""
-    cache = model.new_cache(1, max_len, pattern)
-    took, logits = seconds(lambda: model.prefill(idx, cache), idx.device.type)
-    return cache, logits, took
-
-
-def decode(model, cache, logits, flags):
-    """Yield --tokens token ids. ValueError if the logits become NaN."""
-    tokens = model.decode(logits, cache, flags.temperature, flags.top_k, flags.top_p)
-    for token in itertools.islice(tokens, flags.tokens):
-        token = token.item()
-        if token < 0:
-            raise ValueError("the model's logits are not finite: its weights are of no use")
-        yield token
-
-
-def write(flags):
-    """Print a text as it is generated, then what it cost."""
-    texts = flags.pattern or ["D1"]
-    if len(texts) > 1:
-        raise ValueError("--pattern: several patterns are for --bench, a text takes one")
-    pattern = Pattern.parse(texts[0])
-    path, model, meta = load_weights(pattern, flags)
-    pattern.fit(model.config)
-    coder = Tokenizer(flags.tokenizer or meta["tokenizer"])
-    prompt = flags.prompt
-    if prompt is None:
-        prompt = "1" if coder.name == "ids" else "def "
-    ids = encode_prompt(prompt, coder, model.config.vocab_size)
-    max_len = room_for(len(ids), flags)
-    idx = torch.tensor([ids], device=flags.device)
-    prepare(model, flags)
-
+def seconds(call, flags):
+    """How long call() takes, the device's work included."""
+    sync = torch.cuda.synchronize if on_gpu(flags) else lambda: None
+    sync()
     start = time.perf_counter()
-    cache, logits, _ = prefill(model, idx, max_len, pattern)
-    for _ in itertools.islice(decode(model, cache, logits, flags), 3):
-        pass                                                # compiles, and captures a graph
-    say(f"{path} with {pattern}, warmed up in {1e3 * (time.perf_counter() - start):.0f} ms\n")
+    call()
+    sync()
+    return time.perf_counter() - start
 
-    print(prompt, end=" " if coder.name == "ids" else "", flush=True)
+
+# --------------------------------------------------------------------------------------------------
+# Text
+
+def write(path, model, meta, flags):
+    """Print a text as it is generated, then what it cost."""
+    coder = Tokenizer(flags.tokenizer or meta["tokenizer"], flags.eot)
+    ids = list(map(int, coder.encode(flags.prompt)))
+    V = model.config.vocab_size
+    require(ids and max(ids) < V, f"--prompt: at least one token is needed, each below {V}")
+    needed = len(ids) + flags.tokens - 1                # the last token is never appended
+    max_len = flags.max_len or needed
+    require(max_len >= needed, f"--max-len {max_len}: the prompt and --tokens need {needed}")
+    pattern = flags.pattern[0]
+
+    def stream(n, cache):
+        idx = torch.tensor([ids], device=flags.device)
+        return model.stream(idx, n, cache, flags.temperature, flags.top_k, flags.top_p)
+
+    cache = model.new_cache(1, max_len, pattern)
+    took = seconds(lambda: list(stream(min(3, flags.tokens), cache)), flags)
+    print(f"{path} with {pattern}, warmed up in {1e3 * took:.0f} ms\n")
+    print(flags.prompt, end=" " if coder.name == "ids" else "", flush=True)
+    cache = model.new_cache(1, max_len, pattern)
     torch.manual_seed(flags.seed)
-    cache, logits, took = prefill(model, idx, max_len, pattern)
-    stamps = []
-    for token in decode(model, cache, logits, flags):
+    stamps = [time.perf_counter()]
+    for token in stream(flags.tokens, cache):
+        token = token.item()
         stamps.append(time.perf_counter())
         print(coder.decode(token), end="", flush=True)
         if token == coder.eot:
             break
-    dense = model.new_cache(1, max_len, "D1", device="meta").nbytes
-    first = 2 if len(stamps) > 3 else 0                     # a GPU captures its graph for the third
+    print("\n\n" + summary(len(ids), stamps, cache, model.config))
+
+
+def summary(n_prompt, stamps, cache, config):
+    """The last line of a text. stamps: seconds when it began, and when each token was there."""
+    first = 3 if len(stamps) > 4 else 1                 # a GPU captures its graph for token 3
     speed = (len(stamps) - 1 - first) / max(stamps[-1] - stamps[first], 1e-9)
-    say(f"\n\nprefill {len(ids)} tokens {1e3 * took:.1f} ms | decode {speed:.1f} tok/s | cache "
-        f"{cache.nbytes / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB ({cache.nbytes / dense:.1%})")
+    dense = 2 * config.n_layer * config.n_embd * cache.max_len * cache.dtype.itemsize
+    dense += state_bytes(cache)                         # of a D1 that may not fit the memory
+    return (f"prefill {n_prompt} tokens {1e3 * (stamps[1] - stamps[0]):.1f} ms | decode "
+            f"{speed:.1f} tok/s | cache {cache.nbytes / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB "
+            f"({cache.nbytes / dense:.1%})")
 
 
-# ---------------------------------------------------------------------------------------------
-# What it costs
-
-class Measured(NamedTuple):
-    """A row of the table, in seconds and bytes; None where it was not measured."""
-    batch: int
-    prefill: float      # the fastest of up to three after a first one
-    step: float         # of decoding, for the whole batch
-    cache: int          # its bytes, as allocated
-    read: float         # bytes of it that a step reads
-    moved: float        # by a step: read, the weights, and the states, which are written too
-    peak: int           # of the GPU's memory
-    warm_up: float
-    capture: float      # of the CUDA graph, its first replay included; on a CPU just a step
+def state_bytes(cache):
+    return sum(layer.state.nbytes for layer in cache.layers)
 
 
-def seconds(call, device):
-    """(seconds that `call` takes, the device's work included, and what it returns)."""
-    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    sync()
-    start = time.perf_counter()
-    result = call()
-    sync()
-    return time.perf_counter() - start, result
+# --------------------------------------------------------------------------------------------------
+# Bench
+
+HEAD = ("| context | pattern | batch | prefill ms | ms per step | tok/s | of dense | cache MB "
+        "| read MB | of copy |\n" + "|---" * 10 + "|")
+ROW = "| {} | {} | {} | {:.1f} | {:.3f} | {:.0f} | {:.2f}x | {:.1f} | {:.1f} | {:.0%} |"
 
 
-def copy_bandwidth(device):
-    """Bytes per second, read and written, of a large copy: what a step can hope for."""
-    x = torch.zeros(2**30 if device.startswith("cuda") else 2**26, dtype=torch.uint8, device=device)
+def bench(name, model, flags):
+    """Print a Markdown table: D1, the patterns, each with one sequence and the largest batch."""
+    copy = copy_bandwidth(flags)
+    print(f"{name}: {flags.tokens} tokens decoded greedily; a copy moves {copy / 1e9:.0f} GB/s",
+          HEAD, sep="\n\n", flush=True)
+    speeds = {}
+    for context, pattern in product(flags.contexts, dict.fromkeys(["D1", *flags.pattern])):
+        batch = 1
+        for kind in ("one", "largest"):
+            found = measure_fitting(model, context, pattern, batch, flags)
+            if not found:
+                print(f"| {context} | {pattern} | 1 | out of memory |", flush=True)
+                break
+            batch, _, step, cache, *_ = found
+            speeds[context, pattern, kind] = batch / step
+            dense = speeds.get((context, "D1", kind), math.nan)
+            print(row(context, pattern, found, dense, copy), flush=True)
+            batch = largest_batch(cache, flags)
+
+
+def row(context, pattern, found, dense, copy):
+    """A row of the table. found: of `measure`. dense: tok/s of D1. copy: bytes/s of a copy."""
+    batch, prefill, step, cache, read, moved = found
+    speed = batch / step
+    return ROW.format(context, pattern, batch, 1e3 * prefill, 1e3 * step, speed, speed / dense,
+                      cache / 1e6, read / 1e6, moved / step / copy)
+
+
+def copy_bandwidth(flags):
+    """Bytes per second, read and written, of a large copy: the most that a step can hope for."""
+    x = torch.zeros(2**30 if on_gpu(flags) else 2**26, dtype=torch.uint8, device=flags.device)
     y = torch.empty_like(x)
-    return 2 * len(x) / min(seconds(lambda: y.copy_(x), device)[0] for _ in range(10))
+    return 2 * len(x) / min(seconds(lambda: y.copy_(x), flags) for _ in range(10))
 
 
-def free_memory(device):
-    """Bytes that can be allocated now."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def fit_batch(model, max_len, pattern, flags):
-    """The largest batch whose caches and activations fit into the free memory, or --max-batch."""
-    shape = model.config
-    activations = 2 * (4 * shape.vocab_size + 64 * shape.n_embd)    # eager, and in the graph
-    each = model.new_cache(1, max_len, pattern, device="meta").nbytes + activations
+def largest_batch(cache, flags):
+    """How many caches of so many bytes fill 9/10 of the free memory, on a CPU of 4 GB."""
+    free = torch.cuda.mem_get_info()[0] if on_gpu(flags) else 4e9
     most = flags.max_batch or (8192 if on_gpu(flags) else 8)
-    return int(max(1, min(most, (free_memory(flags.device) - 2**30) // each)))
+    return int(max(1, min(most, 0.9 * free // cache)))
 
 
-def fill_at_random(cache, length):
-    """As if `length` tokens had been seen, without the time of a prefill."""
-    for layer in cache.groups:
-        for group in layer:
-            for z in group.tensors:
-                z.normal_()
-    cache.length = length
-    cache.seen.fill_(length)
-
-
-@torch.no_grad()
-def measure(model, context, pattern, batch, random, flags):
-    """Measured for one context, pattern and batch; random: the cache is filled at random."""
-    device = flags.device
-    max_len = context + flags.tokens + 2
-    V = model.config.vocab_size
-    if on_gpu(flags):
-        torch.cuda.reset_peak_memory_stats(device)
-    cache = model.new_cache(batch, max_len, pattern)
-    warm_up = 0.0
-    prefill = None
-    if random:
-        fill_at_random(cache, context)
-        logits = torch.randn(batch, V, device=device)
-    else:
-        idx = torch.randint(V, (batch, context), device=device)
-        warm_up, _ = seconds(lambda: model.prefill(idx, cache), device)
-        times = []
-        while sum(times) < 1 and len(times) < 3:    # a busy host may disturb a short one
-            del cache                               # before its successor is made
-            cache = model.new_cache(batch, max_len, pattern)
-            took, logits = seconds(lambda: model.prefill(idx, cache), device)
-            times.append(took)
-        prefill = min(times)
-    tokens = model.decode(logits, cache, temperature=0)
-    warm_up += seconds(lambda: (next(tokens), next(tokens)), device)[0]
-    capture, _ = seconds(lambda: next(tokens), device)
-    first = cache.length
-    decoding, _ = seconds(lambda: list(itertools.islice(tokens, flags.tokens)), device)
-    read = cache.bytes_read(torch.arange(first, cache.length))
-    moved = read + sum(z.nbytes for z in (*model.parameters(), *cache.state))
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu(flags) else None
-    return Measured(batch, prefill, decoding / flags.tokens, cache.nbytes, read, moved, peak,
-                    warm_up, capture)
-
-
-def measure_fitting(model, context, pattern, random, flags):
-    """`measure` of one sequence, or if `random` of the largest batch. None if memory runs out."""
-    batch = 1
-    if random:
-        batch = fit_batch(model, context + flags.tokens + 2, pattern, flags)
+def measure_fitting(model, context, pattern, batch, flags):
+    """`measure` of the largest batch up to `batch` for which memory lasts, or None."""
     while batch:
         try:
-            return measure(model, context, pattern, batch, random, flags)
+            return measure(model, context, pattern, batch, flags)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            batch = batch * 15 // 16                # the estimate does not count every scrap
+            batch = batch * 15 // 16
         finally:
             gc.collect()
             if on_gpu(flags):
                 torch.cuda.empty_cache()
 
 
-HEAD = """
-{tokens} tokens are decoded greedily. prefill 'random': the cache is filled at random instead.
-read: of the cache, per step. GB/s: that, the weights and the states written.
-No other figure holds the warm-up or the capture of the CUDA graph.
+def measure(model, context, pattern, batch, flags):
+    """batch; seconds of a prefill (nan of several sequences) and of a step; bytes of the cache, of
+    it read by a step, and moved by a step: read, weights, and states, which it writes too.
+    """
+    V = model.config.vocab_size
+    cache = model.new_cache(batch, context + flags.tokens + 3, pattern)
+    prefills = []
+    while batch == 1 and len(prefills) < 4 and sum(prefills[1:]) < 1:      # the first compiles
+        fill_at_random(cache, 0)
+        idx = torch.randint(V, (1, context), device=flags.device)
+        prefills.append(seconds(lambda: model.prefill(idx, cache), flags))
+    fill_at_random(cache, context)
+    token = torch.randint(V, (batch, 1), device=flags.device)
+    steps = model.stream(token, flags.tokens + 3, cache, temperature=0)
+    list(islice(steps, 3))                              # a GPU captures its graph for the third
+    step = seconds(lambda: list(steps), flags) / flags.tokens
+    read = bytes_read(cache, context + 3 + flags.tokens // 2)
+    moved = read + state_bytes(cache) + sum(p.nbytes for p in model.parameters())
+    return batch, min(prefills, default=math.nan), step, cache.nbytes, read, moved
 
-| context | pattern | batch | prefill ms | ms per step | tok/s | of dense | cache MB | read MB \
-| peak MB | GB/s | of copy | warm-up s | capture ms |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+def fill_at_random(cache, length):
+    """As if `length` tokens had been seen, without the time of a prefill."""
+    for layer in cache.layers:
+        for group in layer.groups:
+            for z in group.tensors:
+                z.normal_()
+    cache.length = length
+    cache.seen.fill_(length)
 
 
-def cells(found, dense, copy):
-    """The row's cells from `batch` on. dense: tok/s of D1, or None. copy: bytes/s of a copy."""
-    speed = found.batch / found.step
-    rate = found.moved / found.step
-    return [found.batch, f"{1e3 * found.prefill:.1f}" if found.prefill else "random",
-            f"{1e3 * found.step:.3f}", f"{speed:.0f}", f"{speed / dense:.2f}x" if dense else "-",
-            f"{found.cache / 1e6:.1f}", f"{found.read / 1e6:.1f}",
-            f"{found.peak / 1e6:.0f}" if found.peak else "-", f"{rate / 1e9:.1f}",
-            f"{rate / copy:.0%}", f"{found.warm_up:.2f}", f"{1e3 * found.capture:.0f}"]
-
-
-def bench(flags):
-    """Print a Markdown table: D1 and the patterns, at batch 1 and at the largest that fits."""
-    device = flags.device
-    torch.manual_seed(flags.seed)
-    if flags.checkpoint:
-        model, _ = load_checkpoint(flags.checkpoint, device)
-    else:
-        with torch.device(device):
-            model = RATPlus(RATConfig(vocab_size=32000, **PRESETS[flags.preset])).eval()
-    texts = "D1", *(flags.pattern or ("D16", "D64", "D16W256S4"))
-    patterns = dict.fromkeys(Pattern.parse(text).fit(model.config) for text in texts)
-    prepare(model, flags)
-    copy = copy_bandwidth(device)
-    weights = sum(p.nbytes for p in model.parameters())
-    print(f"{flags.checkpoint or flags.preset + ', random weights'}"
-          f"{', compiled steps' * flags.compile} | a copy moves "
-          f"{copy / 1e9:.0f} GB/s, reading the weights at that takes {1e3 * weights / copy:.2f} ms",
-          HEAD.format(tokens=flags.tokens), sep="", flush=True)
-    for context in flags.contexts:
-        dense = {}                                  # tok/s of D1, which comes first
-        for pattern in patterns:
-            for random in (False, True):
-                found = measure_fitting(model, context, pattern, random, flags)
-                if found is None:
-                    print(f"| {context} | {pattern} | 1 | out of memory |" + " |" * 10, flush=True)
-                    continue
-                if str(pattern) == "D1":
-                    dense[random] = found.batch / found.step
-                row = [context, pattern, *cells(found, dense.get(random), copy)]
-                print("| " + " | ".join(map(str, row)) + " |", flush=True)
+def bytes_read(cache, t):
+    """Bytes of keys, values, summaries and states that a step at position t reads. Any top-k blocks
+    cost the same, so the earliest are taken.
+    """
+    p = torch.arange(t)
+    total = state_bytes(cache)
+    for group in [group for layer in cache.layers for group in layer.groups]:
+        rule = group.rule
+        keys = rule.allowed(t, p)
+        if rule.topk:
+            own = t // rule.block
+            keys = keys | (p < (rule.topk - 1) * rule.block) | (p >= own * rule.block)
+            total += own * group.summaries[:, :, :1].nbytes
+        total += keys.sum().item() * 2 * group.k[:, :, :1].nbytes
+    return total
 
 
 def main(argv=None):
-    parser = sample_flags()
-    given = vars(parser.parse_args(argv))
-    refuse_idle(given)
-    flags = merge(parser.defaults, given)
-    resolve_device(flags)
-    resolve_compile(flags, False)
+    parser = new_parser(__doc__)
+    flag = parser.add_argument
+    flag("--checkpoint", help="default: the pattern's in --out, else dense.pt there")
+    flag("--pattern", nargs="+", type=pattern_flag, help="default: D1; of --bench, several")
+    flag("--prompt", default="def ", help="text, or ids if the checkpoint has no tokenizer of ours")
+    flag("--tokens", type=int, default=200, help="how many to generate; default: 200")
+    flag("--temperature", type=float, default=0.8, help="0: the likeliest token; default: 0.8")
+    flag("--top-k", type=int, help="draw among the k likeliest tokens")
+    flag("--top-p", type=float, help="draw among the fewest tokens that reach this probability")
+    flag("--max-len", type=int, help="tokens that the cache has room for; default: as needed")
+    flag("--tokenizer", choices=("bytes", "gpt2", "ids"), help="default: the checkpoint's")
+    flag("--eot", type=int, help="end-of-text token of ids; default: none")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
+         help="torch.compile a GPU's steps: faster, after half a minute")
+    flag("--bench", action="store_true", help="time greedy decoding instead of writing text")
+    flag("--preset", choices=[*PRESETS], default="laptop", help="of --bench without --checkpoint")
+    flag("--contexts", nargs="+", type=int, default=[4096], help="of --bench: tokens in the cache")
+    flag("--max-batch", type=int, help="of --bench; default: 8 on a CPU, 8192 on a GPU")
+    flags = parser.parse_args(argv)
+    require(min(flags.tokens, *flags.contexts) >= 1, "--tokens and --contexts are at least 1")
+    flags.pattern = flags.pattern or (["D16", "D64", "D16W256S4"] if flags.bench else ["D1"])
+    use_device(flags)
+    require(on_gpu(flags) or not flags.compile, "--compile is for the steps of a GPU")
+    torch.manual_seed(flags.seed)
+    name, model, meta = find_weights(flags)
+    model.to(getattr(torch, flags.dtype))
+    if flags.compile:
+        torch._dynamo.config.recompile_limit = 64       # one graph for each size of batch
+        hopper = torch.cuda.get_device_capability() >= (9, 0)
+        model.compile(dynamic=False, options={
+            "coordinate_descent_tuning": True,          # at batch 1, Triton multiplies by weights
+            "triton.enable_pdl": hopper})               # a kernel starts while the last one ends
+    header(model, flags)
     if flags.bench:
-        bench(flags)
+        bench(name, model, flags)
     else:
-        write(flags)
+        write(name, model, meta, flags)
 
 
 if __name__ == "__main__":
