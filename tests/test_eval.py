@@ -1,0 +1,522 @@
+"""eval.py: loss and cost, benchmarks, retrieval, reach, against naive second versions."""
+import argparse
+import gzip
+import json
+import lzma
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval as evaluation
+import train
+from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
+
+OFFICIAL = Path(__file__).parent / "golden" / "official_tiny.pth"      # the authors', 37 tokens
+VOCABULARY = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere"),
+                  "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+NEEDS_GPT2 = pytest.mark.skipif(not VOCABULARY.exists(),
+                                reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
+SHAPE = RATConfig(320, 2, 2, 32)
+
+
+def new_model(seed, shape=SHAPE):
+    """Random weights, larger than usual, so that patterns and seeds differ."""
+    torch.manual_seed(seed)
+    model = RATPlus(shape)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 4 if p.dim() > 1 else 1
+    return model
+
+
+def new_run(folder, seed=0, shape=SHAPE, tokenizer="bytes", adapted=(), **flags):
+    """dense.pt as train.py leaves it, and a file of other weights for each adapted pattern."""
+    os.makedirs(folder)
+    kept = dict(data=[os.path.abspath("text")], context=32, eval_windows=6, eval_batch=4)
+    meta = {"tokenizer": tokenizer, "train": {**kept, **flags}}
+    model = new_model(seed, shape)
+    save_checkpoint(f"{folder}/dense.pt", model, pattern="D1", **meta)
+    for i, pattern in enumerate(adapted):
+        save_checkpoint(train.file_of(pattern, folder), new_model(seed + 10 + i, shape), **meta,
+                        pattern=pattern, parent=train.fingerprint(model))
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    """A folder of its own, with a run in out and texts in text."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("text")
+    for i in range(12):
+        Path(f"text/{i}.txt").write_text("".join(f"{i} + {j} = {i + j}\n" for j in range(40)))
+    new_run("out", adapted=["D4", "N4K2:minmax"])
+
+
+def on_cpu(*args):
+    evaluation.main(["--device", "cpu", *map(str, args)])
+
+
+def refused(*args, why):
+    with pytest.raises((ValueError, OSError)) as error:
+        on_cpu(*args)
+    assert why in " ".join(str(error.value).split()), error.value
+
+
+def table(out):
+    """{(pattern, weights, model): {column: cell}} of the Markdown table in the output."""
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    return {tuple(row[:3]): dict(zip(rows[0], row)) for row in rows[1:]}
+
+
+def val_windows(n=6, T=32):
+    """n windows of T + 1 spread evenly over the validation tokens."""
+    tokens = np.fromfile(next(Path(".cache").glob("*/val.bin")), "<u2").astype(np.int64)
+    starts = np.linspace(0, len(tokens) - T - 1, n).astype(int)
+    return torch.from_numpy(np.stack([tokens[start:start + T + 1] for start in starts]))
+
+
+@torch.no_grad()
+def naive_loss(model, pattern, n=6):
+    losses = []
+    for window in val_windows(n):
+        losses.append(F.cross_entropy(model(window[None, :-1], pattern)[0], window[1:]).item())
+    return np.mean(losses)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which rows, which losses
+
+def test_a_folder_is_its_dense_weights_and_what_was_adapted_from_them(capsys):
+    on_cpu("--eval-batch", 5)
+    out = capsys.readouterr().out
+    rows = table(out)
+    assert [key[:2] for key in rows] == [
+        ("D1", "dense"), ("D4", "switched"), ("D4", "adapted"), ("N4K2:minmax", "switched"),
+        ("N4K2:minmax", "adapted"), ("W0", "switched")]
+    dense, _ = load_checkpoint("out/dense.pt")
+    for (pattern, weights, _), row in rows.items():
+        path = train.file_of(pattern, "out") if weights == "adapted" else "out/dense.pt"
+        wanted = naive_loss(load_checkpoint(path)[0], pattern)
+        line = re.search(f"^{pattern} {weights}: loss ([0-9.]+)$", out, re.MULTILINE)
+        assert abs(float(line[1]) - wanted) < 6e-5, (pattern, weights)
+        assert abs(float(row["loss"]) - wanted) < 6e-4
+        assert abs(float(row["gap"]) - wanted + naive_loss(dense, "D1")) < 1.2e-3
+        assert abs(float(row["perplexity"]) / math.exp(wanted) - 1) < 1e-3
+        per_byte = (val_windows()[:, 1:] < 256).float().mean().item()       # but end-of-text
+        assert abs(float(row["bits per byte"]) - wanted / math.log(2) / per_byte) < 1e-3
+    assert len({row["gap"] for row in rows.values()}) == 6
+
+
+def test_files_are_evaluated_alone_in_their_own_pattern(capsys):
+    on_cpu("--checkpoint", "out/D4.pt", "out/dense.pt", "--pattern", "D8", "--eval-windows", 3)
+    rows = table(capsys.readouterr().out)
+    assert list(rows) == [
+        ("D1", "switched", "RAT+ (out/D4.pt)"), ("D1", "dense", "RAT+ (out/dense.pt)"),
+        ("D4", "adapted", "RAT+ (out/D4.pt)"), ("D8", "switched", "RAT+ (out/D4.pt)"),
+        ("D8", "switched", "RAT+ (out/dense.pt)")]
+    wanted = naive_loss(load_checkpoint("out/D4.pt")[0], "D8", n=3)
+    assert abs(float(rows["D8", "switched", "RAT+ (out/D4.pt)"]["loss"]) - wanted) < 6e-4
+
+
+def test_files_that_are_not_of_this_run_are_left_out_with_a_line(capsys):
+    os.rename("out/N4K2-minmax.pt", "out/other.pt")
+    new_run("new", seed=5, adapted=["D4", "D8"])
+    os.replace("new/D8.pt", "out/D8.pt")
+    Path("out/torn.pt").write_bytes(Path("out/dense.pt").read_bytes()[:3000])
+    on_cpu()
+    out, err = capsys.readouterr()
+    for path, why in (("D8", "was not adapted from out/dense.pt"), ("torn", "not a whole"),
+                      ("other", "is not out/N4K2-minmax.pt, the file of N4K2:minmax")):
+        assert re.search(f"left out: out/{path}.pt.*{why}", err), path
+    assert err.count("left out") == 3
+    assert [key[0] for key in table(out)] == ["D1", "D4", "D4", "W0"]
+
+
+def test_fine_tuned_weights_have_the_parent_of_the_adapted_ones(capsys):
+    model, meta = load_checkpoint("out/dense.pt")
+    save_checkpoint("out/dense.pt", new_model(9), **meta, parent=train.fingerprint(model))
+    on_cpu("--out", "out//")
+    out, err = capsys.readouterr()
+    assert ("D4", "adapted", "RAT+ (out)") in table(out) and len(table(out)) == 6
+    assert "left out" not in err
+
+
+def test_runs_side_by_side_have_their_own_gap_and_cost(capsys):
+    new_run("plain", 3, RATConfig(320, 2, 2, 32, recurrence=False))
+    on_cpu("--compare", "out", "plain", "--pattern", "D4", "--reach")
+    out = capsys.readouterr().out
+    rows = table(out.split("half-life")[0])
+    assert [key[2] for key in rows][:2] == ["RAT+ (out)", "attention-only (plain)"]
+    assert [row["cache bytes per token"] for row in rows.values()][:2] == [
+        "528 (100.0%)", "512 (100.0%)"], "one has a state, the other none"
+    for (_, _, name), row in rows.items():
+        dense = float(rows["D1", "dense", name]["loss"])
+        assert abs(float(row["gap"]) + dense - float(row["loss"])) < 2e-3
+    assert out.count("half-life in") == 1, "of the model with a recurrence"
+
+
+@pytest.mark.parametrize("other, flags, why", [
+    (dict(context=16), ["--context", 24], "its context is 16, not 32"),
+    (dict(eval_windows=3), ["--eval-windows", 5], "its eval_windows is 3, not 6"),
+    (dict(data_key="b"), ["--data", "text"], "its data_key is b, not None"),
+    (dict(tokenizer="gpt2"), [], "its tokenizer is gpt2, not bytes"),
+    (dict(shape=RATConfig(384, 2, 2, 32)), [], "its vocab_size is 384, not 320"),
+])
+def test_runs_that_cant_be_compared_are_refused(capsys, monkeypatch, other, flags, why):
+    new_run("other", 1, **other)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "evaluate", None)           # nothing is evaluated before
+        refused("--compare", "out", "other", why=f"other/dense.pt can't be compared with the "
+                f"runs before it: {why}")
+    if flags:
+        on_cpu("--compare", "out", "other", "--pattern", "D1", *flags)
+        assert len(table(capsys.readouterr().out)) == 2
+
+
+@pytest.mark.parametrize("loss, cells", [
+    (0.0, "0.000 | -2.000 | 1.00 |"), (800.0, "800.000 | +798.000 | inf |"),
+    (math.inf, "inf | +inf | inf |"), (math.nan, "nan | +nan | nan |")])
+def test_any_loss_can_be_printed(loss, cells):
+    row = evaluation.Row("D4", "adapted", "RAT+ (out)", None)
+    text = evaluation.loss_row(row, (loss, 4.5, 25, 60), (2.0, 16, 100, 80), None)
+    assert text == f"| D4 | adapted | RAT+ (out) | 4.5 | 25 (25.0%) | 60 (75.0%) | {cells}"
+    assert evaluation.loss_row(row, (math.log(4), 1, 1, 1), (1, 1, 1, 1), 2).endswith("| 1.000 |")
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--out", "nowhere"], "nowhere/dense.pt"),
+    (["--checkpoint", OFFICIAL], "does not say what it was trained on: --data is needed"),
+    (["--pattern", "K16"], "'K16'"),
+    (["--pattern", "D1/D2/D4"], "does not fit"),
+    (["--eval-batch", 0], "--eval-batch"),
+    (["--write", "new"], "--write goes with --niah"),
+    (["--niah", "--reach"], "not allowed with"),
+    (["--checkpoint", "out/D4.pt", "--compare", "out"], "not allowed with"),
+    (["--niah", "--context", 40], "--context 40 is too short for single-1"),
+    (["--niah", "--checkpoint", OFFICIAL], "--tokenizer bytes or gpt2"),
+    (["--niah", "--checkpoint", OFFICIAL, "--tokenizer", "bytes"], "vocabulary is too small"),
+    (["--niah", "--write", "text"], "text"),
+    (["--niah", "--write", "new", "--tokenizer", "ids"], "--tokenizer bytes or gpt2"),
+])
+def test_bad_flags_are_an_error_in_words(flags, why):
+    refused(*flags, why=why)
+    assert not os.path.exists("new")
+
+
+# --------------------------------------------------------------------------------------------------
+# Costs and reach
+
+@pytest.mark.parametrize("text, keys, cache, read", [   # in positions of 512 bytes, as the state is
+    ("D1", 16.5, 33, 16.5),
+    ("D4", 4.5, 9, 4.5),
+    ("W0", 1, 1, 1),
+    ("N4K2:minmax", 6, 41, 9.5),        # 2.5 + 3.5 keys; 8 blocks' summaries, and 3.5 on average
+])
+def test_costs_are_those_of_a_real_cache(text, keys, cache, read):
+    pattern = Pattern.parse(text)
+    real = RATPlus(SHAPE).new_cache(1, 32, pattern)
+    found = evaluation.costs(pattern, SHAPE, 32, torch.float32)
+    assert found == pytest.approx((keys, 512 * cache / 32, 512 * read))
+    assert found[1] == real.nbytes / 32
+    half = evaluation.costs(pattern, SHAPE, 32, torch.bfloat16)
+    assert half[2] == pytest.approx((512 * read + 512) / 2), "the state is float32"
+    if not pattern.rules(0)[0].topk:
+        slots = []
+        for real.length in range(32):
+            slots.append(real.slots[1][0])
+        assert np.mean(slots) == keys - 1
+
+
+def test_reach_is_the_half_life_of_the_decays(capsys):
+    model, meta = load_checkpoint("out/dense.pt")
+    model.blocks[1].mix.in_proj.weight.data[-32:] = 0                   # a = 1/2
+    save_checkpoint("known.pt", model, **meta)
+    on_cpu("--checkpoint", "known.pt", "--reach", "--eval-windows", 1, "--pattern", "D1")
+    cells = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    mix = model.blocks[0].mix
+    x = mix.norm(model.embed(val_windows(1)[:, :-1:16]))
+    decay = torch.sigmoid((x @ mix.in_proj.weight[-32:].T).double()).detach()
+    found = np.quantile(math.log(2) / -decay.log(), [0.5, 0.1, 0.9])
+    first = "{:.1f} ({:.1f} to {:.1f})".format(*found)
+    assert cells[:3] == ["half-life", first, "1.0 (1.0 to 1.0)"] and len(cells) == 4
+
+
+# --------------------------------------------------------------------------------------------------
+# Benchmarks
+
+ITEMS = [                                               # query, choices, gold, group
+    ("1 + 1", ["= 2", "= 7", "is"], 0),
+    ("2 + 2 ", ["= 4", "= 40000"], 1),
+    ("", ["5 + 5 = 10", "5 5 + ="], 0, "order"),
+    (["3 + 3", "4 + 4"], ["= 8", "= 8"], 1, "query"),
+    ("x\n", ["y", "zz"], 1, "query"),
+    ("3 + 3 = 6, " * 9, ["6", "seven"], 0, "long"),
+    ("a", ["the same", "the same"], 0, "tie"),
+    ("b", ["the same", "the same"], 1, "tie"),
+    ("10 + 10 = 20", ["é", "10 + 11 = 21\n"], 1),
+    ("7", ["+" * 50, "-"], 1, "long"),                  # left out
+]
+for i in range(24):
+    ITEMS.append((f"{i} +", [f"= {i + 10}", f"= {3 * i + 10}"], i % 2, "xyz"[i % 3]))
+SINGLE = [("1 + 2", ["="], 0), ("1 +", ["1"], 0), ("1 + 2 = 3", ["= 4"], 0), ("", ["0 + 0"], 0)]
+
+
+def lines_of(items):
+    """Items as lines of JSON."""
+    names = "query", "choices", "gold", "group"
+    return "".join(json.dumps(dict(zip(names, item))) + "\n" for item in items)
+
+
+@torch.no_grad()
+def naive(model, items, pattern, T):
+    """[(group, acc, norm, ll, tokens)] of items, one sequence after the other."""
+    found = []
+    for queries, choices, gold, *group in items:
+        if isinstance(queries, str):
+            queries = [queries] * len(choices)
+        scores = []
+        for query, choice in zip(queries, choices):
+            start = list(query.rstrip().encode())
+            end = list(f"{query} {choice}".encode())[len(start):]
+            ids = ((start or [256]) + end)[-T - 1:]
+            logp = model(torch.tensor([ids[:-1]]), pattern)[0].log_softmax(-1)[-len(end):]
+            ll = sum(row[token].item() for row, token in zip(logp, end))
+            scores.append((ll, ll / len(choice), logp.argmax(-1).tolist() == end, len(end)))
+        lls, norms, right, counts = zip(*scores)
+        acc = lls.index(max(lls)) == gold
+        norm = norms.index(max(norms)) == gold
+        if len(lls) == 1:
+            acc = norm = right[0]
+        if max(counts) <= T:
+            found.append((*(group or [None]), acc, norm, lls[gold], counts[gold]))
+    return found
+
+
+@pytest.mark.parametrize("eval_batch", [1, 64])
+def test_choices_are_scored_as_defined(capsys, eval_batch):
+    """Against a naive scorer, for every record."""
+    files = {"mixed.jsonl": ITEMS, "single.jsonl": SINGLE}
+    for name, items in files.items():
+        Path(name).write_text(lines_of(items))
+    on_cpu("--choices", *files, "--pattern", "D4", "W0", "--eval-batch", eval_batch)
+    out, err = capsys.readouterr()
+    assert re.search("mixed.jsonl.*short for the queries of 1 items.*choices of 1 items", err)
+    assert err.count("short") == 1
+    records = [json.loads(line) for line in Path("out/choices.jsonl").read_text().splitlines()]
+    dense = {}
+    for record in records:
+        path = "out/D4.pt" if record["weights"] == "adapted" else "out/dense.pt"
+        file = record["file"]
+        model, _ = load_checkpoint(path)
+        groups, acc, norm, lls, counts = zip(*naive(model, files[file], record["pattern"], 32))
+        wanted = {"items": len(lls), "ll": np.mean(lls)}
+        wanted["nats"] = -sum(lls) / sum(counts)
+        wanted["acc"], wanted["stderr"] = evaluation.mean_of_groups(acc, groups)
+        wanted["norm"], _ = evaluation.mean_of_groups(norm, groups)
+        if record["weights"] == "dense":
+            dense[file] = acc
+        else:
+            differences = np.subtract(acc, dense[file], dtype=float)
+            delta = evaluation.mean_of_groups(differences, groups)
+            wanted["delta"], wanted["delta_stderr"] = delta
+        assert {name: record[name] for name in wanted} == pytest.approx(wanted, 1e-5)
+        key = record["pattern"], record["weights"], record["model"]
+        cell = evaluation.choices_cell(record, file == "single.jsonl")
+        assert table(out)[key][file.removesuffix(".jsonl")] == cell
+    assert len(records) == 8
+    assert any(record.get("delta") and record["delta_stderr"] for record in records)
+
+
+def test_numbers_of_choices_as_text_and_by_group():
+    record = {"acc": 0.5, "stderr": 0.0123, "norm": 0.25, "ll": -math.log(30)}
+    delta = {"delta": -0.012, "delta_stderr": 0.003}
+    assert evaluation.choices_cell(record, False) == "50.0 ± 1.2 / 25.0"
+    assert evaluation.choices_cell(record | delta, True) == "50.0 ± 1.2, ppl 30 (-1.2 ± 0.3)"
+    values = [1, 0, -1, 1, 1, 1, 1, 0, 0]
+    error = np.std(values[:3], ddof=1) / 3 ** 0.5
+    mean = evaluation.mean_of_groups(values, [*"aaabbbbcc"])
+    assert mean == pytest.approx((1 / 3, error / 3)), "0 ± error, 1 ± 0 and 0 ± 0"
+
+
+def test_of_equal_choices_the_first_is_the_answer():
+    same = ((1, 2), 1)
+    items = [([same, same], [1, 1], gold, None) for gold in (0, 1, 0)]
+    record, hits = evaluation.summary(items, {same: (-3.0, True)}, [0, 1, 1])
+    assert list(hits) == [True, False, True]
+    assert (record["delta"], record["ll"]) == (0, -3)
+
+
+def test_token_ids_and_packed_files():
+    """Lists of ids are the same ids written out, but for the sizes of norm."""
+    ids = [([1, 2, 3], [[4, 5], [6]], 0), ([[7], [8, 9]], [[10, 11, 12], [10]], 1),
+           ([], [[4], [5]], 1)]
+    texts = [("1 2 3", ["4 5", "6"], 0), (["7", "8 9"], ["10 11 12", "10"], 1), ("", ["4", "5"], 1)]
+    lines = "\ufeff" + lines_of(texts).replace("\n", "\r\n")
+    Path("ids.jsonl").write_text(lines_of(ids))
+    Path("texts.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    Path("texts.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    config = argparse.Namespace(context=32, vocab_size=37)
+    coder = train.Tokenizer("ids", 36)
+    for name in ("ids.jsonl", "texts.jsonl.xz", "texts.jsonl.gz"):
+        items = evaluation.read_items(name, coder, config)
+        assert [item[0] for item in items] == [
+            [((1, 2, 3, 4, 5), 2), ((1, 2, 3, 6), 1)],
+            [((7, 10, 11, 12), 3), ((8, 9, 10), 1)],
+            [((36, 4), 1), ((36, 5), 1)]]
+        assert items[0][1] == ([2, 1] if name == "ids.jsonl" else [3, 1])
+    with pytest.raises(ValueError, match="ids.jsonl, line 3: .*--eot"):
+        evaluation.read_items("ids.jsonl", train.Tokenizer("ids"), config)
+
+
+@pytest.mark.parametrize("line", [
+    "",
+    "\xff",
+    '{"query": "a", "choices": ["b"]}',
+    lines_of([("a", ["b", ""], 0)]),
+    lines_of([("a", ["b", "c"], -1)]),
+    lines_of([("a", ["b", "c"], "0")]),
+    lines_of([(["a"], ["b", "c"], 0)]),
+    lines_of([("a", ["b", [5]], 0)]),
+    lines_of([([1, 2.5], [[3]], 0)]),
+    lines_of([([1], [[320]], 0)]),
+    lines_of([([1], [[-1]], 0)]),
+    lines_of([("\ud800", ["b"], 0)]),
+])
+def test_bad_lines_are_refused_by_file_and_number(line):
+    config = argparse.Namespace(context=32, vocab_size=320)
+    Path("bad.jsonl").write_text(lines_of(ITEMS[:1]) + line + "\n", encoding="latin1")
+    with pytest.raises(ValueError, match="bad.jsonl, line 2: "):
+        evaluation.read_items("bad.jsonl", train.Tokenizer("bytes"), config)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("torn.jsonl.xz", lzma.compress(9 * lines_of(ITEMS).encode())[:40]),
+    ("text.jsonl.gz", b"not packed"),
+    ("empty.jsonl", b""),
+    ("long.jsonl", lines_of([("a", ["+" * 32], 0)]).encode()),
+])
+def test_files_that_are_torn_or_without_items_are_refused_by_name(name, content):
+    Path(name).write_bytes(content)
+    refused("--choices", name, why=name)
+
+
+def test_scores_are_printed_before_they_are_written(capsys):
+    Path("a.jsonl").write_text(lines_of(ITEMS))
+    os.mkdir("out/choices.jsonl")
+    refused("--choices", "a.jsonl", "--pattern", "D4", why="out/choices.jsonl")
+    assert len(table(capsys.readouterr().out)) == 3
+    model, meta = load_checkpoint("out/dense.pt")
+    model.norm.weight.data[0] = math.nan
+    save_checkpoint("nan.pt", model, **meta)
+    refused("--choices", "a.jsonl", "--checkpoint", "nan.pt", why="not finite")
+
+
+# --------------------------------------------------------------------------------------------------
+# Retrieval
+
+NEEDLE = r" Safe ([\w-]+): ([\w-]+)\."
+QUESTION = r"\nOpen ([\w, -]+): ([\w, -]+)\."
+BARE = r" ([a-z]+-[a-z]+) ([0-9]+)\."
+
+
+def text_of(tokens, tokenizer="bytes"):
+    return "".join(map(train.Tokenizer(tokenizer).decode, tokens.tolist()))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=NEEDS_GPT2)])
+@pytest.mark.parametrize("task", evaluation.TASKS)
+def test_the_answers_of_a_task_are_in_its_text(task, tokenizer):
+    """One question at the end in evaluation, many in training. All that is asked is answered."""
+    encode = evaluation.encoder(tokenizer)
+    hay, _, _, count, _, together = evaluation.TASKS[task]
+    lengths = set()
+    for number in range(-12, 12):
+        config = argparse.Namespace(seed=0, context=(256, 400, 1400)[number % 3])
+        arguments = number, task, config, encode, 1 if number < 0 else 16
+        tokens, answer, values = evaluation.new_sample(*arguments)
+        again = evaluation.new_sample(*arguments)
+        assert np.array_equal(tokens, again[0]) and values == again[2]
+        assert len(tokens) == len(answer) == config.context, "the context is filled"
+        text = text_of(tokens, tokenizer)
+        pairs = re.findall(NEEDLE, text)
+        asked = re.findall(QUESTION, text)
+        if hay == "pairs":
+            pairs = re.findall(BARE, text)
+            pairs, asked = pairs[:-len(values)], pairs[-len(values):]
+        for keys, told in asked:
+            held = [value for key, value in pairs if key in keys.split(", ")]
+            assert told.split(", ") == held, "all that the text holds, in its order"
+        answers = text_of(tokens[answer == 1], tokenizer)
+        assert answers == "".join(f" {told}." for _, told in asked)
+        assert [value for _, told in asked for value in told.split(", ")] == values
+        assert text.endswith(f"{values[-1]}.")
+        if number < 0:
+            assert len(values) == (count if together else 1)
+            lengths.add(answer.sum())
+        if hay in ("noise", "prose"):
+            assert len(pairs) == count
+    assert len(lengths) == 1, "so that samples make a batch"
+
+
+def test_data_for_fine_tuning_are_samples_one_after_another():
+    """train.py reads them: whole samples, and only the tokens of answers as targets."""
+    on_cpu("--niah", "--write", "niah", "--samples", 40, "--context", 300, "--out", "none")
+    config = argparse.Namespace(data=["niah"], tokenizer="bytes", eot=None, seed=0, context=300,
+                                vocab_size=None, data_key=None, eval_windows=9)
+    encode = evaluation.encoder("bytes")
+    seen = set()
+    for windows, numbers in zip(train.load_data(config), (range(40), range(-2, 0))):
+        assert len(windows) == 300 * len(numbers)
+        for number, idx, targets in zip(numbers, *windows.cut(range(len(numbers)), 300)):
+            task = [*evaluation.TASKS][number % 8]
+            tokens, answer, _ = evaluation.new_sample(number, task, config, encode, 16)
+            assert idx.tolist() == tokens.tolist()
+            wanted = torch.tensor(tokens.astype(int)).masked_fill(torch.tensor(answer) == 0, -100)
+            assert targets[:-1].tolist() == wanted[1:].tolist()
+            seen.add(bytes(tokens))
+    assert len(seen) == 42
+
+
+def test_data_for_fine_tuning_are_in_the_tokens_and_context_of_the_checkpoint():
+    new_run("wide", context=300)
+    on_cpu("--niah", "--write", "its", "--samples", 4, "--out", "wide")
+    assert os.path.getsize("its/train.bin") == 2 * 4 * 300
+    on_cpu("--niah", "--write", "default", "--samples", 4, "--checkpoint", OFFICIAL,
+           "--tokenizer", "bytes")
+    assert os.path.getsize("default/train.bin") == 2 * 4 * 1024
+
+
+def test_retrieval_scores_what_the_model_goes_on_with():
+    """A model that finds the first and third of four values, if the first is a multiple of 3."""
+    config = argparse.Namespace(seed=0, context=400, eval_batch=8, tokenizer="bytes", device="cpu")
+    encode = evaluation.encoder("bytes")
+    samples = [evaluation.new_sample(-1 - i, "multivalue", config, encode) for i in range(30)]
+    prompts = {tuple(tokens[answer == 0]): values for tokens, answer, values in samples}
+
+    def generate(idx, n_new, pattern, temperature):
+        assert idx.shape[1] + n_new == 400 and temperature == 0
+        new = torch.zeros(len(idx), n_new, dtype=torch.long)
+        for i, prompt in enumerate(idx.tolist()):
+            values = prompts[tuple(prompt)]
+            text = f" {values[2]}, {values[0]}.".encode() * (int(values[0]) % 3 == 0)
+            new[i, :len(text)] = torch.tensor(list(text))
+        return torch.cat((idx, new), dim=1)
+
+    right = sum(int(values[0]) % 3 == 0 for values in prompts.values())
+    row = evaluation.Row("D4", "switched", "name", argparse.Namespace(generate=generate))
+    assert 0 < right < 30
+    assert evaluation.retrieve(row, samples, config) == pytest.approx(100 * right / 60)
+
+
+def test_retrieval_prints_a_row_of_each_pattern_and_weights(capsys):
+    on_cpu("--niah", "--pattern", "D4", "--context", 120, "--samples", 3, "--tasks", "single-1",
+           "recall")
+    rows = table(capsys.readouterr().out)
+    assert [key[:2] for key in rows] == [("D1", "dense"), ("D4", "switched"), ("D4", "adapted")]
+    for row in rows.values():
+        assert row["single-1"] == row["recall"] == row["average"] == "0.0", "random weights"
