@@ -16,10 +16,10 @@ import copy
 import os
 
 from model import Pattern, load_checkpoint
-from train import (OF_A_RUN, add_data_flags, add_training_flags, catch_signals, check, evaluate,
-                   file_of, fingerprint, fit, header, load_data, log_line, new_optimizers,
-                   new_parser, open_log, pattern_flag, recorded, refuse_changes, report, require,
-                   run, save)
+from train import (FREE, OF_A_RUN, add_data_flags, add_training_flags, catch_signals, check,
+                   evaluate, file_of, fingerprint, fit, header, load_data, log_line,
+                   new_optimizers, new_parser, open_log, pattern_flag, recorded, refuse_changes,
+                   report, require, run, save)
 
 
 def settle(argv):
@@ -54,9 +54,9 @@ def is_done(path, parent, config):
         return False
     require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
     meta = load_checkpoint(path)[1]
-    require(meta.get("parent") == parent, f"{path} exists, and was adapted from other weights: "
-            "--overwrite adapts anew")
-    refuse_changes(path, meta["adapt"], config, {"pattern", "data"})
+    require(meta.get("parent") == parent and "adapt" in meta, f"{path} exists, and was not adapted "
+            "from these weights: --overwrite adapts anew")
+    refuse_changes(path, meta["adapt"], config, {*FREE, "pattern"} - {"steps"})
     return True
 
 
@@ -65,8 +65,8 @@ def main(argv=None):
     patterns = {name: Pattern.parse(name).check(dense.config) for name in config.pattern}
     parent = fingerprint(dense)
     paths = {name: file_of(name, config.out) for name in patterns}
-    todo = [name for name in patterns if not is_done(paths[name], parent, config)]
     train, val = load_data(config)
+    todo = [name for name in patterns if not is_done(paths[name], parent, config)]
     dense.to(config.device)
     header(dense, config)
     dense_loss = evaluate(dense, val, "D1", config)

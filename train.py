@@ -20,7 +20,6 @@ import argparse
 import codecs
 import contextlib
 import functools
-import glob
 import hashlib
 import json
 import math
@@ -135,7 +134,7 @@ def new_optimizers(model, config):
     only; Muon takes the matrices of the blocks, scaled so that the same learning rate suits both.
     """
     mine = [p for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
-    rest = [p for p in model.parameters() if all(p is not q for q in mine)]
+    rest = [p for p in model.parameters() if p not in {*mine}]
     optimizers = {"optimizer": torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), fused=True,
                                                  weight_decay=config.weight_decay)}
     if mine:
@@ -261,8 +260,9 @@ def keys_per_token(pattern, config, T):
                 own = t // rule.block * rule.block  # is left of the past the same share as of all
                 past = (keys & (p < own)).sum(1, keepdim=True) * 1.0
                 best = (rule.topk - 1) * rule.block
-                keys = t - own + 1 + own.clamp(max=best) + past * (1 - best / own).clamp(min=0)
-            of_layer.append(keys.sum(1).double().nan_to_num().mean().item())
+                rest = (1 - best / own.clamp(min=1)).clamp(min=0)
+                keys = t - own + 1 + own.clamp(max=best) + rest * past
+            of_layer.append(keys.sum(1).double().mean().item())
         means.append(sum(of_layer) / len(of_layer))
     return sum(means) / len(means)
 
@@ -462,10 +462,12 @@ def data_key(files, chunks=64, chunk=4096):
     """The number of tokens, and a hash of 64 chunks of each file, spread evenly."""
     content = hashlib.sha1()
     total = 0
-    for tokens, _ in files:
+    for tokens, mask in files:
         total += len(tokens)
         for start in np.linspace(0, max(0, len(tokens) - chunk), chunks).astype(int):
             content.update(tokens[start:start + chunk])
+            if mask is not None:
+                content.update(mask[start:start + chunk])
     return f"{total} tokens {content.hexdigest()[:8]}"
 
 
@@ -483,16 +485,24 @@ def find_texts(source):
     root = sysconfig.get_path("stdlib") if stdlib else source
     if os.path.isfile(root):
         return {os.path.basename(root): root}
-    names = glob.glob("**", root_dir=root, recursive=True)
-    runs = {os.path.dirname(name) for name in names if name.endswith(".pt")}
     found = {}                                          # a file that links lead to counts once
-    for name in sorted(names, key=number_of):
-        path = os.path.join(root, name)
-        wanted = name.endswith(".py") and not SKIPPED & {*name.split(os.sep)} if stdlib else True
-        if wanted and os.path.isfile(path) and os.path.dirname(name) not in runs:
-            found.setdefault(os.path.realpath(path), name)
+    visited = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited or any(name.endswith(".pt") for name in names):
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted({*folders} - (SKIPPED if stdlib else set()))
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if os.path.isfile(path) and (name.endswith(".py") or not stdlib):
+                name = os.path.relpath(path, root)
+                if not re.search(r"(^|[/\\])\.", name):    # hidden, or in a hidden folder
+                    found.setdefault(os.path.realpath(path), name)
     require(found, f"--data {source}: no such file or folder, or nothing in it")
-    return {name: path for path, name in found.items()}
+    names = {name: path for path, name in found.items()}
+    return {name: names[name] for name in sorted(names, key=number_of)}
 
 
 def number_of(name):
@@ -639,9 +649,11 @@ def bytes_per_token(windows):
     """
     _, targets = windows.cut(*windows.evenly())
     tokens, counts = targets[targets >= 0].unique(return_counts=True)
+    if windows.coder.name == "ids":
+        return None
     try:
         sizes = [len(windows.coder.bytes_of(token)) for token in tokens.tolist()]
-    except (ValueError, TypeError):                         # ids have no order to eot
+    except ValueError:
         return None
     return (torch.tensor(sizes) * counts).sum().item() / counts.sum().item()
 
@@ -733,6 +745,7 @@ def check(config):
     require(config.batch_size % (WORLD * config.grad_accum) == 0, f"--batch-size "
             f"{config.batch_size} does not split into --grad-accum {config.grad_accum} x {WORLD} "
             "processes")
+    require(config.warmup <= 1, f"--warmup {config.warmup:g}: it is a share of the steps, 0 to 1")
     require(config.min_lr <= config.lr, f"--min-lr {config.min_lr:g} is above --lr {config.lr:g}: "
             "the learning rate would rise")
     require(not (config.resume and config.overwrite), "--resume goes on with a run and --overwrite "
@@ -916,7 +929,7 @@ def report(log, text, **record):
     print(text, flush=True)
 
 
-def log_line(record, config, pattern="D1"):
+def log_line(record, config, pattern):
     losses = dict(record["losses"])
     main = f" | loss {losses.pop(pattern):.4f}" if pattern in losses else " |"
     sparse = "".join(f" sparse {loss:.4f}" for loss in losses.values())
@@ -941,7 +954,7 @@ def validation_line(losses, per_byte, config):
 # Pretraining and fine-tuning
 
 RECIPES = {                                             # how each of model.PRESETS is pretrained
-    "laptop": dict(context=256, batch_size=16, steps=150, lr=4e-3, eval_interval=150),
+    "laptop": dict(context=256, batch_size=16, steps=120, lr=4e-3, eval_interval=120),
     "small": dict(context=2048, batch_size=32, steps=1000, lr=12e-3, optimizer="muon"),
     "base": dict(context=4096, batch_size=128, grad_accum=16, steps=5000, lr=8e-4),
     "paper-1.5b": dict(context=4096, batch_size=512, grad_accum=128, steps=47684, lr=8e-4),
@@ -990,7 +1003,7 @@ def settle(parser, argv):
                 "--data is needed")
         own = meta["pattern"]
         saved = {name: value for name, value in saved.items() if name not in OF_A_RUN}
-        if config.pattern != own:
+        if not config.pattern == own == "D1":               # ARL belongs to dense training
             saved.pop("arl", None)
         saved["pattern"] = own
     preset = config.preset or saved.get("preset") or "laptop"
@@ -1029,6 +1042,12 @@ def main(argv=None):
         save(path, model, optimizers, step=step, pattern=str(pattern), val=losses, **parent,
              tokenizer=config.tokenizer, train=recorded(config))
 
+    def validate(step, log):
+        losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
+        save_at(step, losses)
+        text = validation_line(losses, per_byte, config)
+        report(log, f"step {step:04} | {text} | saved {path}", step=step, val=losses)
+
     signals = catch_signals()
     with open_log(path, config, first) as log:
         report(log, describe(config, model, train, val), step=first, config=recorded(config),
@@ -1041,15 +1060,14 @@ def main(argv=None):
             if due or stopped:
                 save_at(step, {})                       # before the validation, which takes time
             if ends or stopped or step % config.log_interval == 0:
-                report(log, log_line(record, config), **record)
+                report(log, log_line(record, config, config.pattern), **record)
             if stopped:
                 raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, --resume "
                                         "goes on")
             if due:
-                losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
-                save_at(step, losses)
-                text = validation_line(losses, per_byte, config)
-                report(log, f"step {step:04} | {text} | saved {path}", step=step, val=losses)
+                validate(step, log)
+        if first >= config.steps and not meta["val"]:   # stopped in its last validation
+            validate(first, log)
     if first >= config.steps:
         print(f"{path} is complete: {first} steps")
 

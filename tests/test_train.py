@@ -1,20 +1,12 @@
-"""Training, adaptation, data and flags: each promise of --help that changes a number has a test."""
+"""Training, adaptation, data and flags: each promise that changes a number or a file has a test."""
 import argparse
-import copy
-import functools
 import hashlib
-import io
 import json
 import math
 import os
-import pickle
-import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,1291 +22,912 @@ from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "official_tiny.pth"
-TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --eval-windows 4 --device cpu "
-        "--log-interval 1 --steps 6").split()
-VOCABULARY = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere"), "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
-needs_gpt2 = pytest.mark.skipif(not VOCABULARY.exists(), reason="needs GPT-2's vocabulary in TIKTOKEN_CACHE_DIR")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --eval-windows 4 "
+        "--log-interval 1 --steps 6 --device cpu").split()
+EOT = 49                                                        # of the ids that tests train on
+IDS = ["--data", "bins", "--tokenizer", "ids", "--eot", EOT]
+SHAPE = RATConfig(64, 1, 2, 16)
+GPT2 = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "nowhere"),
+            "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+needs_gpt2 = pytest.mark.skipif(not GPT2.exists(), reason="no GPT-2 in TIKTOKEN_CACHE_DIR")
 
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
-    """A folder of its own, with a folder of 40 short texts."""
+    """An empty folder to work in. Afterwards signals do again what they did."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")                  # tiny tensors: more threads only wait for one another
-    torch.set_num_threads(1)
-    texts({f"{i}.txt": "".join(f"{i} + {j} = {i + j}\n" for j in range(150)) for i in range(40)})
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [(number, signal.getsignal(number)) for number in numbers]
+    yield
+    for each in before:
+        signal.signal(*each)
 
 
 def texts(contents, folder="text"):
+    """Write files: {name: text or bytes}."""
     for name, text in contents.items():
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
-def bins(tokens, val=None, folder="bins", mask=None):
+def forty(folder="text", start=0):
+    for i in range(start, start + 40):
+        texts({f"{i}.txt": "".join(f"{i} + {j} = {i + j}\n" for j in range(20))}, folder)
+
+
+def bins(tokens=None, val=None, folder="bins", mask=None):
+    """Write train.bin and val.bin, and return the tokens. By default 15 windows of 16 ids, of which
+    every fifth ends a text, so that parts of a batch have unequal numbers of targets.
+    """
+    if tokens is None:
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, EOT, 15 * 16)
+        tokens[rng.random(len(tokens)) < 0.2] = EOT
     os.makedirs(folder, exist_ok=True)
-    np.asarray(tokens, "<u2").tofile(f"{folder}/train.bin")
-    np.asarray(tokens if val is None else val, "<u2").tofile(f"{folder}/val.bin")
-    if mask is not None:
-        np.asarray(mask, np.uint8).tofile(f"{folder}/train.mask.bin")
+    for name, each in (("train", tokens), ("val", tokens if val is None else val)):
+        np.asarray(each, "<u2").tofile(f"{folder}/{name}.bin")
+        if mask is not None:
+            np.asarray(mask, np.uint8).tofile(f"{folder}/{name}.mask.bin")
+    return np.asarray(tokens)
 
 
 def call(main, *args):
-    main([*TINY, *map(str, args)] if main is train.main else ["--device", "cpu", *map(str, args)])
+    first = TINY if main is train.main else ["--device", "cpu"]
+    main([*first, *map(str, args)])
 
 
 def pretrain(*args):
-    call(train.main, "--data", "text", *args)
+    """train.main on `bins`, which it writes if need be."""
+    if not os.path.exists("bins"):
+        bins()
+    call(train.main, *IDS, *args)
+
+
+@pytest.fixture
+def dense():
+    """out/dense.pt, of two steps."""
+    pretrain("--steps", 2)
+    return Path("out/dense.pt")
+
+
+def settings(*args, **given):
+    """A config as main makes it, of typed flags and of values that no flag has."""
+    config = train.train_flags().parse_args([*TINY, "--dtype", "float32", *map(str, args)])
+    train.check(config)
+    vars(config).update({"vocab_size": 64, **given})
+    return config
+
+
+def windows_of(*flags):
+    """The Windows to train on."""
+    return train.load_data(settings(*flags, vocab_size=None))[0]
+
+
+def settle(*args):
+    return train.settle(train.train_flags(), ["--device", "cpu", *map(str, args)])[0]
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    return RATPlus(SHAPE)
 
 
 def refused(main, *args, why):
-    """The call raises what `run` prints as one line, and changes no file in --out."""
-    def files():
-        return {path: path.read_bytes() for path in Path(".").rglob("*.pt")}
-    before = files()
+    """The call raises what `run` prints as one line, and changes no checkpoint."""
+    before = {path: path.read_bytes() for path in Path(".").rglob("*.pt")}
     with pytest.raises((ValueError, OSError)) as error:
         call(main, *args)
     assert why in str(error.value), error.value
-    assert files() == before, "a checkpoint changed"
+    assert before == {path: path.read_bytes() for path in Path(".").rglob("*.pt")}
 
 
-def records(path="out/dense.jsonl"):
-    with open(path) as f:
-        return {record["step"]: record for record in map(json.loads, f) if "losses" in record}
+def lines(path="out/dense.jsonl", having="losses"):
+    """The records of a log that hold a value of this name."""
+    found = map(json.loads, Path(path).read_text().splitlines())
+    return [line for line in found if having in line]
 
 
 def losses(path="out/dense.jsonl"):
-    return {step: record["losses"] for step, record in records(path).items()}
+    return {line["step"]: line["losses"] for line in lines(path)}
 
 
-def weights(path):
-    return torch.cat([p.flatten() for p in load_checkpoint(path)[0].parameters()])
+def weights(source="out/dense.pt"):
+    model = source if isinstance(source, RATPlus) else load_checkpoint(source)[0]
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def meta_of(path="out/dense.pt"):
+    return load_checkpoint(path)[1]
 
 
 def error_of(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def settings(**given):
-    """The config of a small run, as main makes it."""
-    flags = dict(data=[os.path.abspath("text")], context=8, batch_size=4, device="cpu", dtype="float32", compile=False)
-    return train.merge(train.train_flags().defaults, flags, given)
+def stopped(step, act, main, *args, updates=train.updates):
+    """Call a main, and `act` before a step (from 0), which ends it. Returns what the main says."""
+    def patched(now, *rest):
+        if now == step:
+            act()
+        return updates(now, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "updates", patched)
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as error:
+            main(*args)
+    return str(error.value)
 
 
-def stream(*files, T=8):
-    """A Stream of arrays."""
-    return train.Stream([train.Bin("a.bin", np.asarray(tokens, np.uint16)) for tokens in files], T)
+# Whole runs against the same runs written out -----------------------------------------------------
+
+def batches_by_hand(tokens, config, T=16, B=4):
+    """idx, targets of each step. The last token has no target."""
+    padded = np.append(tokens, -100).astype(np.int64)
+    rows = np.stack([padded[i:i + T + 1] for i in range(0, len(tokens) - T + 1, T)])
+    order = []
+    for epoch in range(9):
+        order.extend(np.random.default_rng((config.seed, epoch)).permutation(len(rows)))
+    for step in range(config.steps):
+        batch = torch.tensor(rows[order[step * B:(step + 1) * B]])
+        idx = batch[:, :-1]
+        yield idx, batch[:, 1:].masked_fill(idx == EOT, -100)
 
 
-# --------------------------------------------------------------------------------------------------
-# Whole runs against the same runs written out
-
-def by_hand(start, tokens, windows, updates, lrs, clip, eot=256, T=16):
-    """The weights after AdamW steps written out: windows(step) -> offsets, updates: patterns of each step."""
-    model = load_checkpoint(start)[0] if isinstance(start, str) else start
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    for step, lr in enumerate(lrs):
-        optimizer.param_groups[0]["lr"] = lr
-        batch = torch.tensor(np.stack([tokens[at:at + T + 1] for at in windows(step)]).astype(np.int64))
-        idx, targets = batch[:, :-1], batch[:, 1:].clone()
-        targets[idx == eot] = -100
-        for pattern in updates:
-            optimizer.zero_grad()
-            F.cross_entropy(model(idx, pattern).flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def cached(name):
-    found, = Path(".cache").glob(f"*/{name}")
-    return np.fromfile(found, "<u2")
-
-
-def test_pretraining_is_the_loop_written_out():
-    """Read in order, no loss after end-of-text, a sparse and then a dense update, warm-up and cosine, clipped."""
-    texts({f"{i}.txt": f"line {i} of many\n" * 2 for i in range(500)}, "short")
-    call(train.main, "--data", "short", "--arl", "D8", "--warmup", 0.34, "--lr", 0.01, "--min-lr", 0.001, "--clip", 0.3)
-    tokens = cached("train.bin")
-    assert (tokens == 256).mean() > 1 / 50
-    count = (len(tokens) - 1) // 16
-    windows = lambda step: [(r * count // 4 + step) * 16 for r in range(4)]                             # noqa: E731
-    lrs = [0.005, 0.01, *(0.001 + 0.009 * (1 + math.cos(math.pi * i / 3)) / 2 for i in range(4))]
-    torch.manual_seed(0)
-    model = RATPlus(RATConfig(320, 1, 2, 16))
-    expected = by_hand(model, tokens, windows, ["D8", "D1"], lrs, clip=0.3)
-    assert error_of(weights("out/dense.pt"), expected) < 1e-5
-    assert np.allclose([record["lr"] for record in records().values()], lrs)
+def by_hand(model, tokens, config, updates, lrs):
+    """(weights, losses, norms) of a run. updates: the patterns of each step, in order."""
+    decay = {"weight_decay": config.weight_decay}
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    rest = [model.embed.weight, *(p for p in model.parameters() if p.dim() == 1)]
+    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.95), **decay)]
+    if config.optimizer == "muon":
+        optimizers += [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **decay)]
+    else:
+        optimizers += [torch.optim.AdamW(matrices, betas=(0.9, 0.95), **decay)]
+    found = []
+    for (idx, targets), patterns, lr in zip(batches_by_hand(tokens, config), updates, lrs):
+        for pattern in patterns:
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                loss = model.loss(idx, targets, pattern)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or 1e9)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+            found.append((loss.item(), norm.item()))
+    return weights(model), *zip(*found)
 
 
-def test_adaptation_is_the_loop_written_out():
-    """Each pattern alone from the dense weights, at a tenth of the rate, at random offsets of the seed."""
-    texts({f"{i}.txt": f"line {i} of many\n" * 2 for i in range(500)}, "short")
-    call(train.main, "--data", "short", "--lr", 0.05, "--arl", "D4")
-    call(adapt.main, "--pattern", "D4", "D8", "--steps", 4, "--seed", 3)
-    tokens = cached("train.bin")
-    windows = lambda step: np.random.default_rng((3, step)).integers(0, len(tokens) - 16, 4)            # noqa: E731
-    lrs = [1e-6 + (0.005 - 1e-6) * (1 + math.cos(math.pi * i / 3)) / 2 for i in range(4)]
-    for pattern in ("D4", "D8"):
-        expected = by_hand("out/dense.pt", tokens, windows, [pattern], lrs, clip=1.0)
-        assert error_of(weights(f"out/{pattern}.pt"), expected) < 1e-6, pattern
-        assert error_of(weights(f"out/{pattern}.pt"), weights("out/dense.pt")) > 1e-4
-    meta = load_checkpoint("out/D8.pt")[1]
-    assert meta["parent"] == train.fingerprint(load_checkpoint("out/dense.pt")[0]) and meta["pattern"] == "D8"
-    assert (meta["adapt"]["lr"], meta["adapt"]["warmup"], meta["step"]) == (0.005, 0.0, 4)
+def cosine(high, low, steps):
+    turns = [math.pi * i / (steps - 1) for i in range(steps)]
+    return [low + (high - low) * (1 + math.cos(turn)) / 2 for turn in turns]
 
 
-def test_validation_is_the_loss_on_the_validation_data_under_each_pattern():
-    """Of all targets, whatever the batches; the last batch is a single window."""
-    pretrain("--arl", "D4", "--eval-windows", 7, "--eval-batch", 3, "--lr", 0.05)
-    model, meta = load_checkpoint("out/dense.pt")
-    tokens = cached("val.bin").astype(np.int64)
-    starts = np.linspace(0, len(tokens) - 17, 7).astype(int)
-    x, y = (torch.tensor(np.stack([tokens[s + d:s + d + 16] for s in starts])) for d in (0, 1))
-    assert set(meta["val"]) == {"D1", "D4"} and meta["val"]["D1"] != meta["val"]["D4"]
-    for pattern, loss in meta["val"].items():
-        expected = F.cross_entropy(model(x, pattern).flatten(0, 1), y.flatten()).item()
-        assert abs(loss - expected) < 1e-5, (pattern, loss, expected)
+def validation_by_hand(model, pattern, tokens):
+    """Mean loss over all targets, those after end-of-text too, of 4 windows spread evenly."""
+    places = np.lib.stride_tricks.sliding_window_view(tokens, 17)
+    rows = torch.tensor(places[np.linspace(0, len(places) - 1, 4).astype(int)])
+    with torch.no_grad():
+        logits = model(rows[:, :-1], pattern)
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
 
 
-def test_a_run_repeats_with_its_seed_and_differs_with_another():
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pretrain("--steps", 2, "--seed", seed, "--out", name)
-    assert losses("a/dense.jsonl") == losses("b/dense.jsonl") != losses("c/dense.jsonl")
+@pytest.mark.parametrize("flags", [
+    "--clip 0.3", "--clip 0", "--weight-decay 0.9", "--dtype bfloat16", "--optimizer muon",
+    "--optimizer muon --weight-decay 0.9", "--seed 3", "--grad-accum 4", "--checkpointing",
+    "--one-update --seed 1", "--arl none", "--eval-batch 3"])
+def test_pretraining_is_the_loop_written_out(flags):
+    """A sparse update, then a dense one, on windows that are shuffled anew each epoch; no loss
+    after end-of-text; a rate that rises and falls; the norm is that before clipping.
+    """
+    tokens = bins()
+    shared = ["--arl", "D8", "--lr", 0.01, "--min-lr", 0.001, "--warmup", 0.34, *flags.split()]
+    pretrain(*shared)
+    config = settings(*shared)
+    lrs = [0.005, 0.01, *cosine(0.01, 0.001, 4)]
+    patterns = ["D1"] if "none" in flags else ["D8", "D1"]
+    made = [list(step) for step in losses().values()]
+    if config.one_update:
+        assert sorted(made) == [["D1"]] * 3 + [["D8"]] * 3
+    else:
+        assert made == [patterns] * 6
+    model = tiny_model(config.seed)
+    expected, found, norms = by_hand(model, tokens, config, made, lrs)
+    said = [loss for step in losses().values() for loss in step.values()]
+    assert said == pytest.approx(found, abs=1e-4 if "muon" in flags else 1e-6)
+    assert lines()[-1]["norm"] == pytest.approx(norms[-1], rel=1e-3)
+    assert [line["lr"] for line in lines()] == pytest.approx(lrs)
+    assert error_of(weights(), expected) < (1e-3 if "muon" in flags else 1e-5)
+    vals = {name: validation_by_hand(model, name, tokens) for name in patterns}
+    assert meta_of()["val"] == pytest.approx(vals, abs=1e-4 if config.dtype == "float32" else 0.1)
 
 
-def test_random_reads_at_the_offsets_of_the_seed(monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, "cut", lambda data, windows, *rest, cut=train.cut: seen.append(windows) or cut(data, windows, *rest))
-    pretrain("--steps", 2, "--random", "--seed", 5)
-    tokens = cached("train.bin")
-    expected = [np.random.default_rng((5, step)).integers(0, len(tokens) - 16, 4) for step in range(2)]
-    assert seen[:2] == [[(0, at) for at in row] for row in expected]
+def test_adaptation_is_the_loop_written_out_and_prints_its_table(capsys):
+    """Each pattern alone from the dense weights, with AdamW."""
+    tokens = bins()
+    pretrain("--lr", 0.05, "--arl", "D4", "--optimizer", "muon", "--one-update")
+    call(adapt.main, "--pattern", "D4", "D8", "--steps", 5, "--seed", 3, "--lr", 0.005)
+    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert table[0] == "| pattern | dense loss | sparse before | sparse after |" and len(table) == 4
+    config = settings("--steps", 5, "--seed", 3)
+    for pattern, row in zip(("D4", "D8"), table[2:]):
+        start = load_checkpoint("out/dense.pt")[0]
+        vals = [validation_by_hand(start, name, tokens) for name in ("D1", pattern)]
+        lrs = cosine(0.005, 1e-6, 5)
+        expected, found, _ = by_hand(start, tokens, config, [[pattern]] * 5, lrs)
+        assert error_of(weights(f"out/{pattern}.pt"), expected) < 1e-5
+        log = f"out/{pattern}.jsonl"
+        assert [step[pattern] for step in losses(log).values()] == pytest.approx(found, abs=1e-5)
+        vals.append(validation_by_hand(start, pattern, tokens))
+        last = lines(log, "after")[0]
+        assert [last["dense"], last["before"], last["after"]] == pytest.approx(vals, abs=1e-5)
+        assert row == f"| {pattern} | {vals[0]:.4f} | {vals[1]:.4f} | {vals[2]:.4f} |"
+    meta = meta_of("out/D8.pt")
+    assert (meta["pattern"], meta["step"], meta["val"]) == ("D8", 5, {"D8": last["after"]})
+    assert meta["parent"] == train.fingerprint(load_checkpoint("out/dense.pt")[0])
+    assert meta["train"] == meta_of()["train"], "how the parent was pretrained"
 
 
-def test_the_pattern_of_all_updates_names_the_checkpoint():
-    pretrain("--pattern", "D8", "--steps", 3)
-    meta = load_checkpoint("out/D8.pt")[1]
-    assert meta["pattern"] == "D8" and set(meta["val"]) == {"D8"} and not os.path.exists("out/dense.pt")
-    assert {key for step in losses("out/D8.jsonl").values() for key in step} == {"D8"}
-    call(train.main, "--resume", "--pattern", "D8", "--steps", 5)
-    assert max(losses("out/D8.jsonl")) == 5
-    refused(train.main, "--data", "text", "--pattern", "D8", "--arl", "D4", "--out", "b", why="--arl belongs to dense training")
-    refused(train.main, "--checkpoint", "out/D8.pt", "--pattern", "D4", "--out", "b", why="was trained in D8 alone")
+# The loop -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flag, expected", [
+    ("--no-one-update", {"D2 D1": 200, "D4 D1": 200}),
+    ("--one-update", {"D1": 200, "D2": 100, "D4": 100})])
+def test_the_updates_of_a_step_follow_from_the_seed_and_the_step(flag, expected):
+    arl = [Pattern.parse(name) for name in ("D2", "D4")]
+    made = []
+    for config in (settings(flag), settings(flag), settings(flag, "--seed", 1)):
+        each = [train.updates(step, config, Pattern.parse("D1"), arl) for step in range(400)]
+        made.append([" ".join(map(str, patterns)) for patterns in each])
+    assert made[0] == made[1] != made[2] and set(made[0]) == set(expected)
+    assert all(abs(made[0].count(name) - n) < 50 for name, n in expected.items())
 
 
-@pytest.mark.parametrize("given, preset", [
-    (dict(device="cpu"), "laptop"),
-    (dict(device="cuda"), "laptop"),
-    (dict(device="cuda", data=["stdlib"]), "laptop"),
-    (dict(device="cuda:1", data=["mine"]), "small"),
-    (dict(device="cpu", data=["mine"]), "laptop"),
-])
-def test_python_s_source_is_for_the_laptop_preset_on_a_gpu_too(given, preset):
-    assert train.default_preset(given) == preset
+def random_batch(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(64, (2, 4, 16), generator=generator).unbind()
 
 
-def test_arl_of_several_patterns_draws_one_for_each_batch():
-    pretrain("--arl", "D2", "D4", "W2", "--steps", 12)
-    drawn = [next(iter(step)) for step in losses().values()]
-    assert set(drawn) == {"D2", "D4", "W2"} and all(len(step) == 2 for step in losses().values())
-    assert set(load_checkpoint("out/dense.pt")[1]["val"]) == {"D1", "D2", "D4", "W2"}
-    pretrain("--arl", "D2", "D4", "W2", "--steps", 12, "--out", "b")
-    assert drawn == [next(iter(step)) for step in losses("b/dense.jsonl").values()], "by the seed and the step"
+def small_fit(*flags, batch, first=0):
+    """(model, records of a short run of `fit` with D4 and D1)."""
+    config = settings(*flags)
+    model = tiny_model()
+    optimizers = train.new_optimizers(model, config)
+    patterns = Pattern.parse("D1"), [Pattern.parse("D4")]
+    return model, train.fit(model, config, batch, optimizers, *patterns, first)
 
 
-def test_none_among_several_leaves_out_the_sparse_update_of_some_batches():
-    pretrain("--arl", "D2", "none", "--steps", 12)
-    seen = [set(step) for step in losses().values()]
-    assert {"D1"} in seen and {"D1", "D2"} in seen, seen
-    assert set(load_checkpoint("out/dense.pt")[1]["val"]) == {"D1", "D2"}
-
-
-@pytest.mark.parametrize("flags, sparse", [([], {"D64"}), (["--no-recurrence"], set()), (["--arl", "none"], set()),
-                                           (["--no-recurrence", "--arl", "D4"], {"D4"}), (["--arl", "D4W0"], {"D4"})])
-def test_arl_by_default_is_d64_with_recurrence_and_none_without(flags, sparse):
-    pretrain("--steps", 1, *flags)
-    assert set(losses()[1]) == {"D1", *sparse}
-    assert load_checkpoint("out/dense.pt")[1]["train"]["arl"] == (sorted(sparse) or ["none"])
-
-
-# --------------------------------------------------------------------------------------------------
-# The loop and the update
-
-def small_fit(arl=("D4",), recurrence=True, poison=None, **flags):
-    """The records of a short run of `fit`, with D4 and D1, or D1 alone."""
-    torch.manual_seed(0)
-    model = RATPlus(RATConfig(64, 1, 2, 16, recurrence))
-    config = settings(**{**dict(steps=3, context=12, log_interval=1, lr=0.02), **flags})
-    arl = [Pattern.parse(name) for name in arl]
+def test_a_record_measures_the_steps_since_the_last_one(monkeypatch):
+    """Step s takes s + 1 seconds. What is done between two steps, as validation, does not count."""
+    clock = SimpleNamespace(now=0)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(train, "peak_flops", lambda config: 1e9)
 
     def batch(step):
-        if step == poison:
-            model.norm.weight.data[0] = math.nan
-        return torch.randint(64, (2, 4, 12), generator=torch.Generator().manual_seed(step)).unbind()
+        clock.now += step + 1
+        return random_batch(step)
 
-    return train.fit(model, config, batch, train.new_optimizer(model, config), Pattern.parse("D1"), arl)
+    flags = ("--steps", 11, "--log-interval", 4, "--eval-interval", 10)
+    model, training = small_fit(*flags, batch=batch, first=2)
+    patterns = Pattern.parse("D1"), [Pattern.parse("D4")]
+    flops = train.flops_per_token(model, *patterns, settings())
+    expected = {3: 3, 4: 4, 8: (5 + 6 + 7 + 8) / 4, 10: (9 + 10) / 2, 11: 11}
+    for step, seconds in expected.items():
+        record = next(training)
+        assert (record["step"], record["ms"]) == (step, 1000 * seconds)
+        assert record["rate"] == pytest.approx(4 * 16 / seconds), "tokens per second"
+        assert record["eta"] == pytest.approx(seconds * (11 - step) / 60), "minutes"
+        assert record["mfu"] == pytest.approx(flops * 4 * 16 / seconds / 1e9)
+        clock.now += 1000
+    assert list(training) == []
 
 
 def test_what_is_not_finite_is_found_before_a_save():
-    """A weight is lost in step 3, where nobody looks. The next record must not come."""
-    steps = []
-    with pytest.raises(ValueError, match="at step 5: loss nan under D4, loss nan under D1, gradient norm nan"):
-        for record in small_fit(steps=9, log_interval=100, eval_interval=5, poison=2):
-            steps.append(record["step"])
-    assert steps == [1]
+    """The weights are lost in step 3, where nobody looks. The next record must not come."""
+    def batch(step):
+        if step == 2:
+            model.norm.weight.data[0] = math.nan
+        return random_batch(step)
+
+    flags = ("--steps", 9, "--log-interval", 100, "--eval-interval", 5)
+    model, training = small_fit(*flags, batch=batch)
+    assert next(training)["step"] == 1
+    with pytest.raises(ValueError, match="training stopped at step 5: .*gradient norm nan"):
+        next(training)
 
 
-def test_a_run_without_a_gradient_is_stopped(monkeypatch):
-    monkeypatch.setattr(train.Loss, "forward", lambda self, *args: sum(0 * p.sum() for p in self.parameters()) + 5)
-    with pytest.raises(ValueError, match="gradient norm 0.0"):
-        next(small_fit())
+@pytest.mark.parametrize("device, flags, compiles", [
+    ("cpu", [], 0), ("cuda", [], 1), ("cuda", ["--no-compile"], 0), ("cpu", ["--compile"], 1)])
+def test_compile_is_on_by_default_on_a_gpu_alone(monkeypatch, device, flags, compiles):
+    monkeypatch.setattr(train, "use_device", lambda config: setattr(config, "device", device))
+    compiled = []
+    monkeypatch.setattr(RATPlus, "compile", lambda model, **options: compiled.append(model))
+    model = tiny_model()
+    train.trainable(model, settings(*flags, "--checkpointing"))
+    assert len(compiled) == compiles and model.checkpointing
 
 
-def test_a_batch_whose_targets_all_do_not_count_goes_on(monkeypatch):
-    monkeypatch.setattr(train, "share", lambda idx, targets, *rest, share=train.share: share(idx, targets * 0 - 100, *rest))
-    assert next(small_fit())["losses"] == {"D4": 0, "D1": 0}
+# Numbers that are printed or recorded -------------------------------------------------------------
+
+@pytest.mark.parametrize("recurrence, flag, arl", [
+    (1, "", []), (0, "", ["D4"]), (1, "", ["D4", "W2,D8"]), (1, "--one-update", ["D4"])])
+def test_flops_are_those_of_the_products_and_the_keys_of_all_updates(recurrence, flag, arl):
+    model = RATPlus(RATConfig(64, 2, 4, 32, recurrence))
+    idx = torch.randint(64, (2, 24))
+    with FlopCounterMode(display=False) as counter:
+        model.loss(idx, idx, "D1").backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for name, n in counts.items() if str(name) in ("aten.mm", "aten.addmm"))
+    updates = []
+    for text in ("D1", *arl):
+        masks = torch.stack([Pattern.parse(text).mask(24, layer) for layer in (0, 1)])
+        updates.append(products / idx.numel() + 12 * 32 * masks.sum().item() / 24)
+    expected = updates[0] + (np.mean(updates[1:]) if arl else 0)
+    config = settings("--context", 24, *flag.split())
+    arl = [Pattern.parse(text) for text in arl]
+    found = train.flops_per_token(model, Pattern.parse("D1"), arl, config)
+    assert found == pytest.approx(expected / (2 if flag else 1))
 
 
-def test_a_record_says_what_the_step_did():
-    first, second, third = small_fit(log_interval=2)
-    assert [record["step"] for record in (first, second, third)] == [1, 2, 3]
-    assert list(second["losses"]) == ["D4", "D1"], "sparse, then dense"
-    assert abs(second["rate"] * second["ms"] / 1e3 - 4 * 12) < 1e-6, "tokens of a step"
-    assert abs(second["eta"] - second["ms"] / 6e4) < 1e-9, "minutes that a last step takes"
-    line = train.log_line({**second, "mfu": 0.38}, settings(steps=3))
-    assert line.startswith("step 0002/0003 | loss ") and " sparse " in line and " | MFU 38% | ETA " in line
+def test_the_peak_is_known_by_the_card_s_name(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 4)
+    for name, dtype, peak in (("NVIDIA H100 80GB HBM3", "bfloat16", 4 * 989e12),
+                              ("NVIDIA L40", "bfloat16", math.inf), ("H200", "float32", math.inf)):
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda name=name: name)
+        assert train.peak_flops(SimpleNamespace(device="cuda:1", dtype=dtype)) == peak
 
 
-@pytest.mark.parametrize("arl", [["D4"], []])
-def test_compiled_and_eager_agree(monkeypatch, arl):
-    """Through the tracer only: making machine code takes too long here."""
-    monkeypatch.setattr(RATPlus, "compile", functools.partialmethod(RATPlus.compile, backend="eager"))
-    compiled, eager = ([record["losses"] for record in small_fit(arl, compile=on)] for on in (True, False))
-    for a, b in zip(compiled, eager):
-        assert all(abs(a[name] - b[name]) < 1e-4 for name in a), f"{a} compiled, {b} eagerly"
+def keys_by_hand(rule, T):
+    """Mean number of keys. Of top-k blocks, the first ones are taken for the best."""
+    t = torch.arange(T)[:, None]
+    p = torch.arange(T)
+    mask = rule.allowed(t, p)
+    if rule.topk:
+        best = (p // rule.block < rule.topk - 1) | (p // rule.block == t // rule.block)
+        mask |= best & (p <= t)
+    return mask.sum().item() / T
 
 
-def test_compile_is_off_on_a_cpu_and_needs_a_compiler(monkeypatch, capsys):
-    config = settings()
-    config.compile = None
-    train.resolve_fit(config)
-    assert config.compile is False
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    config.compile = True
-    train.resolve_fit(config)
-    assert config.compile is False and capsys.readouterr().err.count("going on without") == 1
+@pytest.mark.parametrize("text", [
+    "D1", "D8", "D4W3S2", "W5", "W0", "D1,D8", "D2/W3", "D8/D1,W2S1", "N4K2", "D4N4K3", "N8K9",
+    "D2N4K3", "N4K1"])
+def test_keys_per_token_are_counted_in_the_masks(text):
+    pattern = Pattern.parse(text)
+    layers = []
+    for layer in range(4):
+        layers.append(np.mean([keys_by_hand(rule, 40) for rule in pattern.rules(layer)]))
+    found = train.keys_per_token(pattern, RATConfig(64, 4, 4, 32), 40)
+    assert found == pytest.approx(np.mean(layers))
+    long = Pattern.parse("D16W256S4")
+    sampled = train.keys_per_token(long, SHAPE, 3000)
+    assert sampled == pytest.approx(keys_by_hand(long.rules(0)[0], 3000), rel=0.01)
 
 
-def gradients(parts, clip=0.0, **flags):
-    """(loss, norm, gradient) of an update in so many parts; the weights stay."""
-    torch.manual_seed(0)
-    model, idx, targets = RATPlus(RATConfig(64, 1, 2, 16)), torch.randint(64, (4, 20)), torch.randint(64, (4, 20))
-    targets[0, :15] = -100                                      # parts with unequal numbers of targets
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer.zero_grad = lambda set_to_none: None              # keep the gradients to look at
-    config = settings(grad_accum=parts, **flags)
-    loss, norm = train.update(train.Loss(model, config), optimizer, train.share(idx, targets, config), Pattern.parse("D4"), clip)
-    return loss.item(), norm.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+def test_lines_say_what_the_records_hold():
+    record = dict(step=7, losses={"D64": 3.30214, "D1": 3.21449}, lr=6e-4, norm=0.844, ms=41.4,
+                  rate=398_321.0, mfu=0.3849, eta=12.04)
+    config = settings("--steps", 5000, "--arl", "D64")
+    assert train.log_line(record, config, "D1") == (
+        "step 0007/5000 | loss 3.2145 sparse 3.3021 | lr 6.0e-04 | norm 0.84 | 41 ms | "
+        "398.3k tok/s | MFU 38% | ETA 12.0 min")
+    record.update(losses={"D16": 1.5}, mfu=0.0)
+    assert "5000 | loss 1.5000 | lr" in train.log_line(record, config, "D16")
+    assert "5000 | sparse 1.5000 | lr" in train.log_line(record, config), "--one-update"
+    val = train.validation_line({"D1": 2 * math.log(2), "D64": 3}, 4.0, config)
+    assert val == "val D1 1.3863 D64 3.0000 | 0.5000 bits per byte"
+    model = tiny_model()
+    size = len(weights(model))
+    about = train.describe(config, model, range(1_230_000), range(45_600))
+    assert about.endswith(
+        f"\n0.32M tokens to train on, {320_000 / size:.2g} a parameter, of 1.23M; each batch "
+        "updates with D64, then D1; 0.0456M for validation")
 
 
-def test_gradient_accumulation_changes_nothing():
-    whole = gradients(1)
-    for parts in (2, 4):
-        loss, norm, gradient = gradients(parts)
-        assert abs(loss - whole[0]) < 1e-5 and error_of(gradient, whole[2]) < 1e-5 and abs(norm / whole[1] - 1) < 1e-5
+@pytest.mark.parametrize("flags, expected", [
+    ("--tokenizer bytes", 2 / 3), ("--tokenizer gpt2", 2), ("--tokenizer ids", None),
+    ("--tokenizer ids --eot 99", None)])
+def test_bits_per_byte_are_of_the_text_that_the_targets_stand_for(monkeypatch, flags, expected):
+    vocabulary = SimpleNamespace(decode_single_token_bytes=lambda token: b"ab")
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: vocabulary)
+    bins([97, 97, 256] * 30)
+    windows = windows_of("--data", "bins", "--context", 30, *flags.split())
+    assert train.bytes_per_token(windows) == pytest.approx(expected)
+    assert train.bits_per_byte(3 * math.log(2), 1.5) == pytest.approx(2)
 
 
-def test_clip_limits_the_gradient_and_0_does_not():
-    free, clipped = gradients(1, clip=0.0), gradients(1, clip=0.01)
-    assert free[1] > 0.1 and abs(free[2].norm() - free[1]) < 1e-4 and clipped[1] == free[1], "the norm is that before clipping"
-    assert abs(clipped[2].norm() - 0.01) < 1e-4
+# Batches and .bin files ---------------------------------------------------------------------------
+
+def test_windows_lie_side_by_side_and_each_is_read_once_an_epoch():
+    """8 + 5 windows of 8, in two files. Batches of 4 cross the ends of epochs."""
+    bins(range(70), folder="a")
+    bins(range(70, 110), folder="b")
+    flags = ("--data", "a", "b", "--tokenizer", "ids", "--context", 8)
+    windows = windows_of(*flags)
+    batches = [windows.batch(step) for step in range(13)]
+    rows = torch.cat([idx for idx, _ in batches])
+    starts = rows[:, 0].tolist()
+    epochs = [starts[i:i + 13] for i in range(0, 52, 13)]
+    places = [*range(0, 64, 8), *range(70, 110, 8)]
+    assert all(sorted(epoch) == places for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4, "in an order of its own"
+    targets = torch.cat([targets for _, targets in batches])
+    assert rows.equal(rows[:, :1] + torch.arange(8))
+    assert targets.equal((rows + 1).masked_fill(rows == 109, -100)), "of the same file"
+    again = windows_of(*flags, "--steps", 999)
+    for step in (9, 2, 9):
+        assert all(map(torch.equal, again.batch(step), batches[step])), "by seed and step alone"
+    assert windows_of(*flags, "--batch-size", 30).batch(0)[0].equal(rows[:30]), "several epochs"
 
 
-def test_checkpointing_changes_no_loss():
-    a, b = ([record["losses"] for record in small_fit(checkpointing=on)] for on in (True, False))
-    assert a == b
-    model = RATPlus(RATConfig(64, 1, 2, 16))
-    train.trainable(model, settings(checkpointing=True))
-    assert model.checkpointing is True
-
-
-@pytest.mark.parametrize("steps, warmup", [(100, 0.05), (4, 0.0), (300, 0.05), (2, 0.0)])
-def test_the_schedule_rises_to_lr_and_ends_at_min_lr(steps, warmup):
-    config = SimpleNamespace(steps=steps, warmup=warmup, lr=1e-3, min_lr=1e-5)
-    lrs, ramp = [train.schedule(step, config) for step in range(steps)], int(warmup * steps)
-    assert np.allclose(lrs[:ramp + 1], [1e-3 * (i + 1) / ramp for i in range(ramp)] + [1e-3])
-    assert abs(lrs[-1] - 1e-5) < 1e-12 and all(a > b for a, b in zip(lrs[ramp:], lrs[ramp + 1:]))
-
-
-def test_weights_are_trained_in_float32_whatever_the_file_holds():
-    pretrain("--steps", 1)
-    model, meta = load_checkpoint("out/dense.pt", training=True)
-    save_checkpoint("half.pt", model.to(torch.bfloat16), **meta)
-    call(train.main, "--checkpoint", "half.pt", "--out", "new", "--steps", 2)
-    call(adapt.main, "--checkpoint", "half.pt", "--pattern", "D4", "--steps", 2)
-    for path in ("new/dense.pt", "out/D4.pt"):
-        stored = torch.load(path, weights_only=True)["model"]
-        assert {z.dtype for z in stored.values()} == {torch.float32}
-        moved = weights(path) != weights("half.pt")
-        assert moved.float().mean() > 0.7, "small steps are not rounded away"
-
-
-def test_flops_are_those_of_the_matrix_products_and_the_keys():
-    for recurrence in (True, False):
-        shape, T = RATConfig(64, 2, 4, 32, recurrence), 24
-        model, idx = RATPlus(shape), torch.randint(64, (2, T))
-        with FlopCounterMode(display=False) as counter:
-            model.loss(idx, idx, "D1").backward()
-        products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
-        keys = sum(Pattern.parse("D8W2,D1").mask(T, layer).sum().item() / T for layer in (0, 1))
-        expected = products / idx.numel() + 12 * 32 * keys      # 2 products of 2 C FLOPs a key; backward is twice forward
-        assert abs(train.flops_per_token(model, Pattern.parse("D8W2,D1"), T) / expected - 1) < 1e-9
-
-
-@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L4", 121),
-                                        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165),
-                                        ("NVIDIA GeForce RTX 4090 Laptop GPU", math.inf), ("NVIDIA L40", math.inf)])
-def test_the_peak_is_known_by_the_cards_name(monkeypatch, name, peak):
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
-    config = SimpleNamespace(device="cuda", dtype="bfloat16")
-    assert train.peak_flops(config) == (peak if peak == math.inf else peak * 1e12)
-    assert train.peak_flops(SimpleNamespace(device="cpu", dtype="bfloat16")) == math.inf
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
-
-def places(data, windows):
-    """Offsets of windows in the concatenated files."""
-    before = np.cumsum([0, *(len(file.tokens) for file in data.files)])
-    return [int(before[file]) + at for file, at in windows]
-
-
-def test_no_loss_where_the_input_is_end_of_text():
-    data = stream([5, 6, 256, 7, 8, 256, 9, 1, 2], T=7)
-    idx, targets = train.cut(data, [(0, 0), (0, 1)], eot=256)
-    assert idx.tolist() == [[5, 6, 256, 7, 8, 256, 9], [6, 256, 7, 8, 256, 9, 1]]
-    assert targets.tolist() == [[6, 256, -100, 8, 256, -100, 1], [256, -100, 8, 256, -100, 1, 2]]
-    assert (train.cut(data, [(0, 0)])[1] == -100).sum() == 0
-
-
-def test_reading_in_order_reads_all_once_and_does_not_depend_on_steps():
-    for lengths in ([1000], [331, 90, 5 * 8 + 1], [33 * 4]):
-        data = stream(*([0] * n for n in lengths))
-        windows = sum((n - 1) // 8 for n in lengths)
-        per_row = windows // 4
-        seen = [train.in_order(step, settings(steps=steps), data) for steps in (1, 10**6) for step in range(per_row)]
-        assert seen[:per_row] == seen[per_row:], "--steps changes nothing"
-        flat = [window for batch in seen[:per_row] for window in batch]
-        assert len(set(flat)) == len(flat) == 4 * per_row >= windows - 3, "each window once"
-        assert all(at % 8 == 0 and at + 9 <= lengths[file] for file, at in flat), "whole samples, within their file"
-        rows = [places(data, column) for column in zip(*seen[:per_row])]
-        assert all(row == sorted(row) for row in rows) and sorted(rows) == rows, "each row goes on where it was"
-        again = train.in_order(per_row + 1, settings(), data)
-        assert all(at % 8 == 0 for _, at in again), "and starts again"
-
-
-def test_short_data_gives_no_batch_of_equal_rows():
-    data = stream(range(8 * 6 + 1))
-    for step in range(3):
-        assert len(set(train.in_order(step, settings(batch_size=6), data))) == 6
-        assert len(set(train.in_order(step, settings(batch_size=16), data))) > 8
-
-
-def test_random_windows_are_drawn_from_files_by_their_size():
-    data = stream([0] * 1008, [0] * 3008)
-    config = settings(batch_size=4000)
-    windows = train.at_random(0, config, data)
-    assert windows == train.at_random(0, config, data) != train.at_random(1, config, data)
-    assert windows != train.at_random(0, settings(batch_size=4000, seed=1), data)
-    second = [at for file, at in windows if file == 1]
-    assert abs(len(second) / 4000 - 0.75) < 0.03 and min(second) < 20 and 2980 < max(second) <= 3008 - 9
-
-
-def test_several_sources_are_read_one_after_the_other_and_all_are_validated(monkeypatch):
-    bins([3, 1] * 100, [4, 1] * 30, "a")
-    bins([5, 2] * 80, [6, 2] * 30, "b")
-    config = settings(data=[os.path.abspath("a"), os.path.abspath("b")], eval_windows=6)
-    data = train.load_data(config)
-    assert len(data.train) == 360 and len(data.val) == 120
-    read = [train.cut(data.train, train.in_order(step, config, data.train))[0] for step in range(10)]
-    rows = torch.stack(read).transpose(0, 1).flatten(1)
-    assert set(rows[0].tolist()) == {3, 1} and set(rows[3].tolist()) == {5, 2}
-    assert {file for file, _ in train.evenly(data.val, config)} == {0, 1}
-    drawn = [file for step in range(100) for file, _ in train.at_random(step, config, data.train)]
-    assert 0.35 < np.mean(drawn) < 0.55
-    call(train.main, "--data", "a", "b", "--steps", 2)
-    assert load_checkpoint("out/dense.pt")[1]["train"]["data"] == config.data
-
-
-def test_only_targets_that_a_mask_names_count_in_training_and_in_validation():
-    rng = np.random.default_rng(0)
-    tokens, mask = rng.integers(0, 50, 16 * 12 + 1), rng.integers(0, 2, 16 * 12 + 1)
-    tokens[40:48] = 49
-    bins(tokens, mask=mask)
-    np.asarray(mask, np.uint8).tofile("bins/val.mask.bin")
-    call(train.main, "--data", "bins", "--eot", 49, "--steps", 1, "--lr", 1e-12, "--min-lr", 0, "--eval-windows", 12, "--arl", "none")
+def test_only_targets_that_a_mask_names_count():
+    """In training and in validation, those of the last sample too, which ends with the file."""
+    tokens = bins()
+    mask = np.random.default_rng(0).integers(0, 3, len(tokens))
+    bins(mask=mask)
+    pretrain("--steps", 1, "--lr", 1e-12, "--min-lr", 0, "--eval-windows", 15, "--arl", "none",
+             "--batch-size", 15, "--eval-batch", 4)
     model, meta = load_checkpoint("out/dense.pt")
-    x = torch.tensor(tokens[:-1]).view(12, 16)
-    y = torch.tensor(np.where(mask == 1, tokens, -100)[1:]).view(12, 16)
-    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
-    assert abs(meta["val"]["D1"] - expected) < 1e-5, "validation: the masked targets, in samples of the context"
-    rows = [r * 12 // 4 for r in range(4)]
-    expected = F.cross_entropy(model(x[rows]).flatten(0, 1), y[rows].masked_fill(x[rows] == 49, -100).flatten()).item()
-    assert abs(losses()[1]["D1"] - expected) < 1e-5, "training: and no target after end-of-text"
+    x = torch.tensor(tokens).view(15, 16)
+    y = torch.tensor(np.append(np.where(mask == 1, tokens, -100)[1:], -100)).view(15, 16)
+    assert (y[-1] >= 0).any()
+    logits = model(x).flatten(0, 1)
+    assert meta["val"]["D1"] == pytest.approx(F.cross_entropy(logits, y.flatten()).item(), abs=1e-5)
+    y = y.masked_fill(x == EOT, -100).flatten()
+    assert losses()[1]["D1"] == pytest.approx(F.cross_entropy(logits, y).item(), abs=1e-5)
+    bins(mask=mask[1:])
+    refused(train.main, *IDS, why="train.mask.bin: a byte for each of the 240 tokens is wanted")
+    bins(mask=0 * mask)
+    refused(train.main, *IDS, why="lets no target count")
 
 
-def test_masks_that_do_not_fit_are_refused():
-    bins([1, 2, 3] * 30, mask=[1] * 89)
-    refused(train.main, "--data", "bins", why="train.mask.bin: 89 bytes for 90 tokens")
-    bins([1, 2, 3] * 30, mask=[0] * 90)
-    os.rename("bins/train.mask.bin", "bins/val.mask.bin")
-    refused(train.main, "--data", "bins", "--steps", 1, why="lets no target count")
+@pytest.mark.parametrize("flags, expected", [
+    ("", ("gpt2", 50256, 50304)), ("--tokenizer ids", ("ids", None, 128)),
+    ("--tokenizer ids --eot 3", ("ids", 3, 128)), ("--tokenizer bytes", ("bytes", 256, 320))])
+def test_bins_are_gpt2_s_unless_a_flag_says_what_they_are(flags, expected):
+    bins([3, 64, 1] * 10)
+    config = settings("--data", "bins", *flags.split(), vocab_size=None)
+    coder = train.load_data(config)[0].coder
+    assert (config.tokenizer, coder.eot, config.vocab_size) == expected
 
 
-# --------------------------------------------------------------------------------------------------
-# .bin files
-
-def load(**given):
-    config = settings(**given)
-    return train.load_data(config), config
-
-
-def load_bins(**given):
-    return load(data=[os.path.abspath("bins")], **given)
-
-
-def test_bins_give_the_vocabulary_and_end_of_text():
-    bins([3, 70, 1] * 10)
-    for given, (eot, vocab) in (({}, (-1, 128)), ({"eot": 3}, (3, 128)), ({"tokenizer": "gpt2"}, (50256, 50304)),
-                                ({"tokenizer": "bytes"}, (256, 320))):
-        data, config = load_bins(**given)
-        assert data.vocab_size == vocab and config.eot == eot and config.tokenizer == given.get("tokenizer", "ids")
-    with pytest.raises(ValueError, match="token 70 is beyond the vocabulary of 64"):
-        train.load_data(settings(data=[os.path.abspath("bins")]), 64)
-    with pytest.raises(ValueError, match="--eot 200 is beyond"):
-        load_bins(eot=200)
-    bins([3, 1] * 10 + [50256, 3])
-    data, config = load_bins()
-    assert data.vocab_size == 50304 and config.eot == 50256 and load_bins(eot=-1)[1].eot == -1
-
-
-def llmc(n, magic=20240520, version=1, count=None):
-    head = np.zeros(256, "<i4")
-    head[:3] = magic, version, n if count is None else count
-    return head.tobytes() + (np.arange(n) % 60).astype("<u2").tobytes()
-
-
-def test_the_header_of_llm_c_is_read_past():
-    bins([0])
-    Path("bins/train.bin").write_bytes(llmc(500))
-    Path("bins/val.bin").write_bytes(llmc(300))
-    data, _ = load_bins()
-    assert len(data.train) == 500 and len(data.val) == 300 and data.vocab_size == 64
-    assert train.cut(data.train, [(0, 0)])[0].tolist() == [list(range(8))]
+def llmc(n, *header):
+    words = np.zeros(256, "<i4")
+    words[:3] = header
+    return words.tobytes() + (np.arange(n) % 60).astype("<u2").tobytes()
 
 
 @pytest.mark.parametrize("raw, why", [
-    (llmc(500, count=499), "500 uint16 after a header of magic, version and tokens [20240520, 1, 499]"),
-    (llmc(500, version=2), "[20240520, 2, 500]"),
-    (llmc(500, magic=20240801, version=7), "[20240801, 7, 500]"),
-    ((np.arange(500) % 99).astype("<u4").tobytes(), "numbers of 32 or 64 bits"),
-    ((np.arange(500) * 200).astype("<u4").tobytes(), "numbers of 32 or 64 bits"),
-    ((np.arange(500) % 99).astype("<i8").tobytes(), "numbers of 32 or 64 bits"),
-    (b"\x93NUMPY" + bytes(1000), "a NumPy .npy file"),
-    (b"\x1f\x8b\x08" + bytes(1001), "gzip"),
-    (b"\xfd7zXZ" + bytes(1001), "xz"),
-    (b"PK\x03\x04" + bytes(1000), "a zip archive"),
-    (b"Once upon a time " * 20, "text, like b'Once upon"),
-    (b"\1\0" * 500 + b"\1", "1001 bytes, an odd number"),
-    (b"", "0 tokens; it must hold more"),
-    (b"\1\0" * 8, "8 tokens; it must hold more uint16 tokens than the context of 8"),
-])
-def test_other_files_are_refused_by_what_is_seen(raw, why):
-    bins([3, 70, 1] * 30)
+    (llmc(500, 20240520, 1, 500), ""),
+    (np.array([0, 1, 2, 3] * 50, "<u2").tobytes(), ""),
+    (llmc(499, 20240520, 1, 500), "magic number, version and tokens [20240520, 1, 500], which"),
+    (llmc(500, 20240520, 2, 500), "[20240520, 2, 500]"),
+    (llmc(500, 20240801, 7, 500), "[20240801, 7, 500]"),
+    ((np.arange(500) % 99).astype("<u4").tobytes(), "looks like numbers of 32 bits"),
+    ((np.arange(500) * 200).astype("<u4").tobytes(), "looks like numbers of 32 bits"),
+    (bytes(range(10, 110)) * 20, "looks like"),
+    ("Il était une fois ".encode() * 20, "looks like text: b'Il"),
+    (b"\1\0" * 500 + b"\1", "1001 bytes, empty or an odd number"),
+    (b"", "0 bytes, empty"),
+    (b"\5\0\0\xff\7\1\x90\0" * 40, "token 65280 is beyond the vocabulary of 64"),
+    (b"\1\0" * 16, "16 tokens; it must hold more uint16 tokens than the context of 16")])
+def test_files_that_are_not_nanogpt_s_or_llm_c_s_are_refused_by_what_is_seen(raw, why):
+    bins([3, 7, 1] * 30)
+    flags = [*IDS, "--vocab-size", 64, "--overwrite"]
     Path("bins/train.bin").write_bytes(raw)
-    with pytest.raises(ValueError) as error:
-        load_bins()
-    assert why in str(error.value) and "bins/train.bin" in str(error.value)
+    if why:
+        refused(train.main, *flags, why=why)
+        refused(train.main, *flags, why="bins/train.bin")
+    else:
+        tokens = np.frombuffer(raw, "<u2")[512 if len(raw) > 1024 else 0:]
+        windows = windows_of(*IDS)
+        assert len(windows) == len(tokens)
+        assert windows.cut([0], 16)[0].tolist() == [tokens[:16].tolist()]
 
 
-def test_small_vocabularies_are_no_numbers_of_32_bits():
-    for tokens in ([1] * 200, [5] * 200, [0, 1, 2, 3] * 50, [9, 5, 8] * 60):
-        bins(tokens)
-        assert load_bins()[0].vocab_size == 64
+def test_the_key_of_data_tells_them_from_others():
+    tokens = np.arange(20_000, dtype="<u2")
+    keys = {train.data_key([(tokens, None)]), train.data_key([(tokens, None), (tokens, None)])}
+    for place in (0, 10_000, 19_999):
+        tokens[place] += 1
+        keys.add(train.data_key([(tokens, None)]))
+    assert len(keys) == 5 and train.data_key([(tokens, None)]) in keys
 
 
-def test_a_huge_file_is_looked_at_in_part_and_its_batches_are_checked(capsys):
-    bins([3, 70, 1] * 30)
-    try:
-        os.truncate("bins/train.bin", 200 * 10**9)
-    except OSError:
-        pytest.skip("no sparse files here")
-    start = time.process_time()
-    tracemalloc.start()
-    data, _ = load_bins()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert time.process_time() - start < 30, "to read all of it would take minutes"
-    assert peak < 1e9
-    assert len(data.train) == 10**11 and capsys.readouterr().err.count("of 100000M tokens were searched") == 1
-    with open("bins/train.bin", "r+b") as f:                    # not where it was looked at
-        f.seek(2 * 3 * 10**9)
-        f.write(np.array([999], "<u2"))
-    data, _ = load_bins()
-    with pytest.raises(ValueError, match="token 999 is beyond the vocabulary of 128"):
-        train.cut(data.train, [(0, 3 * 10**9 - 4)])
+@pytest.mark.parametrize("tokens, warnings", [(None, 0), ([5, 6] * 120, 1)])
+def test_other_data_are_warned_of_the_same_elsewhere_are_not(dense, capsys, tokens, warnings):
+    bins(tokens, folder="other")
+    call(adapt.main, "--data", "other", "--pattern", "D4", "--steps", 1)
+    assert capsys.readouterr().err.count("has changed since the training") == warnings
+    if not warnings:
+        call(train.main, "--data", "other", "--resume")
 
 
-def test_changed_data_are_noticed_by_adaptation_and_by_a_resumed_run(capsys):
-    bins([3, 70, 1] * 60)
-    call(train.main, "--data", "bins", "--steps", 2)
-    call(adapt.main, "--pattern", "D4", "--steps", 1)
-    assert "has changed" not in capsys.readouterr().err
-    bins([3, 1, 70] * 60)                                       # of the same size
-    call(adapt.main, "--pattern", "D8", "--steps", 1)
-    call(train.main, "--resume", "--steps", 3)
-    err = capsys.readouterr().err
-    assert err.count("bins has changed since the run") == 2 and err.count("\n") == 2
-    bins([5, 6] * 60, folder="other")
-    call(adapt.main, "--pattern", "D2", "--steps", 1, "--data", "other")
-    assert "changed" not in capsys.readouterr().err, "other data are no change"
+# Texts and tokenizers -----------------------------------------------------------------------------
 
-
-def test_end_of_text_is_found_anew_in_other_data():
-    pretrain("--steps", 1)
-    bins([3, 70, 1] * 60)
-    call(train.main, "--checkpoint", "out/dense.pt", "--data", "bins", "--tokenizer", "ids", "--steps", 1, "--out", "b")
-    assert load_checkpoint("b/dense.pt")[1]["train"]["eot"] == -1
-
-
-class Bomb:
-    def __reduce__(self):
-        return (Path("exploded").write_text, ("boom",))
-
-
-def test_meta_pkl_is_never_unpickled():
-    bins([3, 70, 1] * 10)
-    Path("bins/meta.pkl").write_bytes(pickle.dumps(Bomb()))
-    load_bins()
-    assert not os.path.exists("exploded")
-
-
-# --------------------------------------------------------------------------------------------------
-# Texts
-
-def split(data):
-    """The texts of the training and the validation data, as sets."""
+def split(source="text", **given):
+    """The documents on both sides of a tokenized source."""
+    folder = train.tokenize(source, "bytes", **given)
     sides = []
-    for part in (data.train, data.val):
-        tokens = np.concatenate([np.asarray(file.tokens) for file in part.files])
-        pieces = np.split(tokens, np.flatnonzero(tokens == 256) + 1)
-        sides.append({bytes(piece[:-1].astype(np.uint8)).decode() for piece in pieces if len(piece)})
+    for name in ("train", "val"):
+        *documents, rest = Path(folder, f"{name}.bin").read_bytes().split(b"\0\1")      # 256
+        assert rest == b""
+        sides.append([document[::2].decode() for document in documents])
     return sides
 
 
-def test_texts_are_read_once_whole_and_on_one_side(capsys):
-    Path("text/.hidden").write_text("no")
-    Path("text/empty.txt").touch()
-    Path("text/broken.txt").symlink_to("nowhere")
+def test_of_many_texts_one_in_20_is_for_validation_by_its_name_alone():
+    names = [f"{i % 7}/{i}.txt" for i in range(300)]
+    chosen = {n for n in names if int(hashlib.md5(n.encode()).hexdigest(), 16) % 20 == 0}
+    texts({name: name for name in names})
+    sides = split()
+    assert set(sides[1]) == chosen and set(sides[0]) == {*names} - chosen
+    assert len(sides[0]) + len(sides[1]) == 300, "each once"
+    assert sides[0] != sorted(sides[0]), "in the order of the hashes"
+
+
+def test_what_is_no_text_is_left_out_with_one_line(capsys):
+    """And the files of runs. Links are followed, and each file counts once."""
+    forty()
+    forty("elsewhere", start=40)
+    texts({".hidden": "no", ".git/x": "no", "out/dense.pt": "weights", "out/dense.jsonl": "a log",
+           "b.png": b"\x89PNG\r\n\0\0", "latin.txt": b"caf\xe9 " * 50, "empty.txt": "",
+           "wide.txt": "wide".encode("utf-16"), os.fsdecode(b"caf\xe9.txt"): "coffee " * 30})
+    for link, to in (("books", "../elsewhere"), ("a.txt", "1.txt"), ("b", "."), ("c", "."),
+                     ("d", "nowhere")):
+        os.symlink(to, f"text/{link}")
     os.mkfifo("text/pipe.txt")                                  # reading it would wait for ever
-    data, config = load()
-    assert data.vocab_size == 320 and config.tokenizer == "bytes" and config.eot == 256
-    sides = split(data)
-    assert not sides[0] & sides[1] and sides[0] | sides[1] == {Path(f"text/{i}.txt").read_text() for i in range(40)}
-    assert "40/40 texts" in capsys.readouterr().err
-    again, _ = load()
-    assert capsys.readouterr().err == "" and again.key == data.key, "tokenized once"
-    Path("text/0.txt").write_text("changed " * 20)
-    changed, _ = load()
-    assert "40/40 texts" in capsys.readouterr().err and changed.key != data.key, "and again when a file has changed"
-
-
-def test_the_side_of_a_text_follows_from_its_name_alone():
-    """Whatever is added or taken away, no text that was trained on is ever validated on."""
-    rng = np.random.default_rng(0)
-    names = [f"{i}.txt" for i in range(400)]
-    for trial in range(20):
-        some = rng.choice(names, rng.integers(5, 60), replace=False)
-        more = {*some, *rng.choice(names, rng.integers(5, 200), replace=False)}
-        sides = []
-        for group in (some, more):
-            folder = f"{trial} {len(sides)}"
-            texts(dict.fromkeys(group, ""), folder)
-            for name in group:
-                os.truncate(f"{folder}/{name}", 20_000)
-            docs = train.documents(folder)
-            sides.append({doc.name: border / doc.size for doc, border in zip(docs, train.borders(docs))})
-        assert all(sides[1][name] >= share for name, share in sides[0].items()), "what was trained on is still"
-    one_in_20 = {name for name in more if int(hashlib.md5(name.encode()).hexdigest(), 16) % 20 == 0}
-    assert {name for name, share in sides[1].items() if share == 0} == one_in_20 != set()
-    assert set(sides[1].values()) == {0, 1}, "many texts are whole, on one side"
-
-
-@pytest.mark.parametrize("sizes", [(100_000, 500), (500, 100_000), (5000,), (3000,) * 3, (6,) + (5000,) * 15])
-def test_few_or_uneven_texts_give_a_sensible_share_to_validation(sizes, capsys):
-    """Whichever of them the names choose: 20 sets of names."""
-    for trial in range(20):
-        texts({f"{trial}-{i}.txt": "a word " * (size // 7) for i, size in enumerate(sizes)}, f"t{trial}")
-        data, _ = load(data=[os.path.abspath(f"t{trial}")])
-        share = len(data.val) / (len(data.train) + len(data.val))
-        most = 0.1 if max(sizes) > sum(sizes) / 2 else 0.51
-        assert 0.01 < share <= most, (trial, share)
-    assert "each gives its last 20th to validation" in capsys.readouterr().err
-
-
-def test_a_single_text_is_cut_where_white_space_begins():
-    text = "".join(f"word{i} " for i in range(1000))
-    texts({"book.txt": text})
-    data, _ = load(data=[os.path.abspath("text/book.txt")])
-    (first,), (second,) = split(data)
-    assert first + second == text and second.startswith(" word") and 0.03 < len(second) / len(text) < 0.07
-
-
-def test_a_byte_order_mark_is_no_text_and_line_ends_stay():
-    texts({f"{i}.txt": b"\xef\xbb\xbfone\r\ntwo \xe2\x82\xac\n" * 20 for i in range(30)}, "marks")
-    data, _ = load(data=[os.path.abspath("marks")])
-    assert all(text.startswith("one\r\ntwo €\n") for text in split(data)[0])
-
-
-def test_files_that_are_not_utf8_are_counted_and_named(capsys):
-    texts({"a.txt": b"caf\xe9 " * 50, "b.png": b"\x89PNG\0\0", "c.txt": "wide".encode("utf-16")}, "text/more")
-    data, _ = load()
+    assert [len(side) for side in split()] == [81, 81]
     err = capsys.readouterr().err
-    assert "3 of 43 files are left out, as they are not UTF-8 text" in err and "text/more/" in err
+    assert err.count("\n") == 2 and "tokenizing: 85/85 texts" in err
+    assert "4 of 85 files are left out, as they are empty or not UTF-8 text: " in err
     texts({"a.txt": b"\0" * 100}, "zeros")
     refused(train.main, "--data", "zeros", why="no UTF-8 text in it")
 
 
-def test_a_file_name_need_not_be_utf8(capsys):
-    try:
-        Path(os.fsdecode(b"text/caf\xe9.txt")).write_text("coffee " * 30)
-        Path(os.fsdecode(b"text/na\xefve.txt")).write_bytes(b"\xff" * 30)
-    except OSError:
-        pytest.skip("this file system wants UTF-8 names")
-    train.run(load)
-    sides = split(load()[0])
-    assert "coffee " * 30 in sides[0] | sides[1] and "1 of 42 files" in capsys.readouterr().err
+def test_of_few_texts_each_one_s_last_20th_is_for_validation():
+    """One has a byte order mark, \\r\\n, and is larger than the piece size."""
+    forty()
+    long = "".join(f"line {i} €\r\n" for i in range(150_000))
+    whole = {path.read_text() for path in Path("text").iterdir()} | {long}
+    texts({"long.txt": b"\xef\xbb\xbf" + long.encode()})
+    sides = split()
+    assert {a + b for a, b in zip(*sides, strict=True)} == whole and len(long) > 2 * 2**20
+    assert all(0.04 < len(b) / len(a + b) < 0.08 for a, b in zip(*sides))
+    assert all(b[0].isspace() for b in sides[1]), "cut where white space begins"
 
 
-def test_linked_folders_are_read_and_loops_are_not(capsys):
-    texts({f"{i}.txt": f"linked {i} " * 20 for i in range(5)}, "elsewhere")
-    os.symlink("../elsewhere", "text/books")
-    os.symlink("..", "elsewhere/back")
-    os.symlink(".", "text/self")
-    data, _ = load()
-    assert sum("linked" in text for side in split(data) for text in side) == 5
-
-
-def test_split_on_makes_documents_of_one_file():
+def test_split_on_makes_documents_of_one_file(capsys):
     stories = [f"Story {i} went on and on. " * 9 for i in range(60)]
-    texts({"tales.txt": "<|endoftext|>".join(stories)}, "tales")
-    data, _ = load(data=[os.path.abspath("tales/tales.txt")], split_on="<|endoftext|>")
-    sides = split(data)
-    assert sides[0] | sides[1] >= set(stories[:55]) and "<|endoftext|>" not in "".join(sides[0] | sides[1])
-    bins([1, 2, 3] * 30)
-    refused(train.main, "--data", "bins", "--split-on", "x", why="--split-on is for texts")
+    texts({"tales.txt": "<|endoftext|>".join(stories)})
+    first, second = split("text/tales.txt", split_on="<|endoftext|>")
+    assert first[:-1] + [first[-1] + second[0]] + second[1:] == stories
+    assert "--split-on" not in capsys.readouterr().err
+    split("text/tales.txt", split_on="<END>")
+    assert "warning: --split-on '<END>' is nowhere in the texts" in capsys.readouterr().err
 
 
-def test_a_separator_is_found_wherever_pieces_end():
-    text = "".join(f"some words {i}\n\n--\n\n" for i in range(200))
-    Path("t.txt").write_text(text)
-    coder = train.Tokenizer("bytes")
-    for size in (7, 20, 33, 100, 10**6):
-        pieces = list(train.pieces("t.txt", "\n\n--\n\n", size))
-        assert "".join(pieces) == text
-        tokens = np.concatenate([train.encode(piece, coder, "\n\n--\n\n") for piece in pieces])
-        assert (tokens == 256).sum() == 200 and len(tokens) == len(text) - 200 * 6 + 200
+def test_texts_are_tokenized_again_when_their_content_changes(capsys):
+    """Of the same size and time, as `cp -p` leaves it."""
+    forty()
+    before = split()
+    capsys.readouterr()
+    assert split() == before and capsys.readouterr().err == ""
+    path = Path("text/7.txt")
+    times = os.stat(path)
+    path.write_text(path.read_text().replace("7 + 0", "8 + 9"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert split() != before and "40/40 texts" in capsys.readouterr().err
 
 
-def test_tokenizing_a_large_text_takes_little_memory():
-    size = 2 * 10**7
-    Path("big.txt").write_text("the quick brown fox jumps over it, then sleeps. " * (size // 48))
-    tracemalloc.start()
-    train.tokenize("big.txt", "bytes")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < size, f"{peak / 1e6:.0f} MB"
+@pytest.mark.parametrize("name", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
+def test_a_tokenizer_gives_back_its_text(name):
+    """Cut into pieces; the text of a special token is text; long runs are no trouble."""
+    text = "def f(x): return 'naïve 漢字 🙂'\n\n  it's  two   spaces,\tand <|endoftext|> \n" * 9
+    coder = train.Tokenizer(name)
+    for text, size in ((text, 7), (" " * 10**6 + "x", 2**20)):
+        with open("tokens", "wb") as file:
+            train.write_document(text, coder, file, size)
+        *tokens, eot = np.fromfile("tokens", "<u2").tolist()
+        assert "".join(map(coder.decode, tokens)) == text
+        assert eot == coder.eot not in tokens
+    assert coder.decode(eot) == "<|endoftext|>" and coder.decode(eot + 9) == ""
+    assert list(coder.encode("Hi")) == {"bytes": [72, 105], "gpt2": [17250]}[name]
 
 
-def test_a_tokenization_that_was_killed_does_not_block_the_next():
-    texts({"train.bin": "half", "other": "left"}, ".cache/unfinished")
-    data, _ = load()
-    assert len(data.train) > 70_000 and not os.path.exists(".cache/unfinished")
-    assert sorted(path.name for path in Path(".cache").glob("*/*")) == ["train.bin", "val.bin"]
+# Saving, resuming, stopping -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", ["", "--optimizer muon", "--one-update --arl D2 D4"])
+def test_a_killed_run_goes_on_to_the_bit(capsys, flags):
+    """Saved at step 8, killed after step 10, moved; a line of the log is torn, and another NUL."""
+    run = [*flags.split(), "--steps", 12, "--eval-interval", 4, "--lr", 0.01]
+    pretrain(*run, "--out", "whole")
+    stopped(10, sys.exit, pretrain, *run)
+    assert meta_of()["step"] == 8 and max(losses()) == 10
+    with open("out/dense.jsonl", "a") as log:
+        log.write('\0\0\0\n[1]\n{"loss": 1}\n{"step": 9, "los')
+    os.rename("out", "moved")
+    call(train.main, "--resume", "--out", "moved", "--steps", 12)
+    assert weights("moved/dense.pt").equal(weights("whole/dense.pt"))
+    assert [line["step"] for line in lines("moved/dense.jsonl")] == [*range(1, 13)]
+    assert losses("moved/dense.jsonl") == losses("whole/dense.jsonl")
+    vals = [line["val"] for line in lines("whole/dense.jsonl", "val")]
+    assert [line["val"] for line in lines("moved/dense.jsonl", "val")] == vals
+    assert meta_of("moved/dense.pt")["val"] == vals[-1]
+    call(train.main, "--resume", "--out", "moved", "--steps", 12)
+    assert "moved/dense.pt is complete: 12 steps" in capsys.readouterr().out
 
 
-def test_a_process_waits_while_another_tokenizes():
-    os.makedirs(".cache")
-    held = train.lock(".cache/lock")
-    waiting = threading.Thread(target=train.tokenize, args=("text", "bytes"))
-    waiting.start()
-    time.sleep(0.3)
-    assert waiting.is_alive() and not list(Path(".cache").glob("*/train.bin"))
-    held.close()
-    waiting.join(10)
-    assert len(list(Path(".cache").glob("*/train.bin"))) == 1
-
-
-def test_gpt2_without_tiktoken_or_its_vocabulary_is_one_line(monkeypatch):
-    def offline(name):
-        raise ConnectionError("no\nnetwork")
-    monkeypatch.setattr("tiktoken.get_encoding", offline)
-    assert train.Tokenizer("gpt2").eot == 50256, "its size and end-of-text need no vocabulary"
-    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR"):
-        train.Tokenizer("gpt2").encode("text")
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ValueError, match="pip install tiktoken"):
-        train.Tokenizer("gpt2").encode("text")
-
-
-@needs_gpt2
-def test_gpt2_tokens_of_pieces_are_those_of_the_whole():
-    text = ("def f(x): return 'naïve 漢字 🙂'\n\n    it's  two   spaces,\tand tabs \n" * 40)
-    coder = train.Tokenizer("gpt2")
-    assert "".join(map(coder.decode, coder.encode(text))) == text
-    Path("t.txt").write_text(text)
-    for size in (50, 97, 1000):
-        pieces = [token for piece in train.pieces("t.txt", None, size) for token in coder.encode(piece)]
-        assert pieces == list(coder.encode(text))
-    assert train.Tokenizer("gpt2").encode("<|endoftext|>") != [50256], "the text of a special token is text"
-
-
-@needs_gpt2
-@pytest.mark.parametrize("text", [" " * 10**6 + "x", "\n" * 10**6 + "y", "z" * 10**6], ids=["blanks", "lines", "letters"])
-def test_long_runs_are_no_trouble_for_gpt2(text):
-    coder = train.Tokenizer("gpt2")
-    assert "".join(map(coder.decode, coder.encode(text))) == text
-
-
-@pytest.mark.parametrize("text", ["plain", "naïve 漢字 🙂", ""])
-def test_bytes_decode_as_they_stream(text):
-    coder = train.Tokenizer("bytes")
-    assert "".join(map(coder.decode, coder.encode(text).tolist())) == text
-    assert train.Tokenizer("bytes").decode(256) == "<|endoftext|>" and train.Tokenizer("bytes").decode(300) == ""
-    assert train.Tokenizer("bytes").encode(os.fsdecode(b"caf\xe9")).tolist() == [99, 97, 102, 233]
-
-
-# --------------------------------------------------------------------------------------------------
-# Resuming, overwriting, stopping
-
-def half_saved(folder, save=torch.save):
-    """`torch.save` whose second call leaves in `folder` what a kill -9 within it leaves in out."""
-    saves = []
-
-    def patched(data, file):
-        saves.append(file)
-        if len(saves) == 2:
-            file.write(b"half a checkpoint")
-            file.flush()
-            shutil.copytree("out", folder)
-            file.seek(0)
-            file.truncate()
-        save(data, file)
-
-    return patched
-
-
-def test_a_run_killed_within_a_save_goes_on_bit_for_bit():
-    """Killed at step 8, in the second save; then a line of the log is torn, and another one NUL."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "save", half_saved("killed"))
-        pretrain("--steps", 14, "--eval-interval", 4, "--arl", "D4")
-    log = "killed/dense.jsonl"
-    assert load_checkpoint("killed/dense.pt")[1]["step"] == 4 and max(losses(log)) == 8
-    assert b"half a checkpoint" in [path.read_bytes() for path in Path("killed").iterdir()]
-    with open(log, "a") as f:
-        f.write('\0\0\0\0\n{"step": 9, "los')
-    call(train.main, "--resume", "--out", "killed", "--steps", 14)
-    assert list(losses(log)) == list(range(1, 15)) and losses(log) == losses()
-    assert weights("killed/dense.pt").equal(weights("out/dense.pt"))
-    os.rename("killed", "moved")
-    call(train.main, "--resume", "--out", "moved", "--steps", 15)
-    assert max(losses("moved/dense.jsonl")) == 15
-    assert not os.path.exists("killed"), "a run may be moved and prolonged"
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(untrained):
-    resource = pytest.importorskip("resource", reason="no file size limits on this platform")
-    load()                                                      # so that the texts are tokenized
-    before = untrained.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        with pytest.raises(OSError, match="out/dense.pt is not saved, an older one is as it was"):
-            call(train.main, "--resume", "--steps", 4)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert untrained.read_bytes() == before and not os.path.exists("out/dense.pt.tmp")
-
-
-def test_torn_lines_of_a_log_are_named_and_left_out(capsys):
-    pretrain("--steps", 4)
-    raw = Path("out/dense.jsonl").read_bytes().splitlines(keepends=True)
-    Path("out/dense.jsonl").write_bytes(b"".join([*raw[:3], b"\0" * 57 + b"\n", b"[1]\n", *raw[3:], b'{"step']))
-    call(train.main, "--resume", "--steps", 5)
-    assert "out/dense.jsonl: 3 torn lines are left out" in capsys.readouterr().err
-    assert list(losses()) == [1, 2, 3, 4, 5]
-
-
-def test_a_prolonged_run_reads_what_it_has_not_read():
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "in_order", lambda *args, f=train.in_order: seen.append(f(*args)) or seen[-1])
-        pretrain("--steps", 3)
-        call(train.main, "--resume", "--steps", 6)
-    windows = [window for batch in seen for window in batch]
-    assert len(seen) == 6 and len(set(windows)) == len(windows) == 24
-
-
-@pytest.mark.parametrize("flag, value, was", [("--lr", 0.5, 0.001), ("--seed", 7, 0), ("--data", "other", "text"), ("--batch-size", 8, 4),
-                                              ("--random", None, False), ("--preset", "small", "laptop"), ("--arl", "D8", "D64"),
-                                              ("--n-embd", 32, 16), ("--context", 8, 16), ("--eval-windows", 3, 4),
-                                              ("--dtype", "bfloat16", "float32"), ("--no-recurrence", None, True),
-                                              ("--tokenizer", "gpt2", "bytes"), ("--warmup", 0.5, 0.05), ("--clip", 9, 1.0),
-                                              ("--checkpoint", "a.pt", None), ("--vocab-size", 1000, 320)])
-def test_a_resumed_run_refuses_what_changes_the_result(untrained, flag, value, was):
-    texts({"a.txt": "other " * 50}, "other")
-    save_checkpoint("a.pt", RATPlus(RATConfig(320, 1, 2, 16)), train={"data": ["stdlib"]}, tokenizer="bytes")
-    refuse = ["--resume", "--device", "cpu", flag, *([] if value is None else [value])]
-    with pytest.raises(ValueError) as error:
-        train.main([*map(str, refuse)])
-    assert flag.replace("no-", "") in str(error.value) and f"{was}" in str(error.value), error.value
-
-
-def test_a_resumed_run_takes_what_changes_nothing_and_what_is_the_same(untrained):
-    again = [*TINY, "--data", "text", "--resume", "--steps", "4", "--log-interval", "2", "--eval-interval", "1", "--eval-batch", "2",
-             "--no-compile", "--arl", "D64W0", "--lr", "1e-3", "--preset", "laptop"]
-    train.main(again)
-    assert load_checkpoint("out/dense.pt")[1]["step"] == 4
-
-
-@pytest.fixture
-def untrained():
-    """out/dense.pt with the meta of a real run of two steps, made without training."""
-    config = settings(data=[os.path.abspath("text")], tokenizer="bytes", eot=256, context=16, eval_windows=4, steps=2,
-                      arl=["D64"], preset="laptop", vocab_size=320, n_layer=1, n_head=2, n_embd=16)
-    model = RATPlus(RATConfig(320, 1, 2, 16))
-    optimizer = train.new_optimizer(model, config).state_dict()
-    save_checkpoint("out.pt", model, step=2, pattern="D1", tokenizer="bytes", train=train.recorded(vars(config)), optimizer=optimizer)
-    os.mkdir("out")
-    os.rename("out.pt", "out/dense.pt")
-    return Path("out/dense.pt")
-
-
-def test_a_new_run_sets_the_files_of_the_old_one_aside(untrained):
-    """Killed before its first save, it leaves nothing that --resume could take for its own."""
-    Path("out/dense.jsonl").write_text("the old log\n")
-    before = untrained.read_bytes()
-    refused(train.main, "--data", "text", why="--resume goes on with it, --overwrite starts anew")
-    refused(train.main, "--data", "nowhere", "--overwrite", why="nowhere")
-    assert untrained.read_bytes() == before, "bad input loses nothing"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", lambda *args: (_ for _ in ()).throw(SystemExit("killed")))
-        with pytest.raises(SystemExit):
-            call(train.main, "--data", "text", "--overwrite")
-    assert not untrained.exists() and Path("out/dense.pt.old").read_bytes() == before
-    assert Path("out/dense.jsonl.old").read_text() == "the old log\n"
-    with pytest.raises(FileNotFoundError):
-        call(train.main, "--resume")
-
-
-def test_adaptation_sets_all_old_files_aside_before_it_starts(untrained):
-    call(adapt.main, "--pattern", "D4", "D8", "--steps", 1)
-    refused(adapt.main, "--pattern", "D4", "--steps", 1, why="out/D4.pt exists")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapt, "fit", lambda *args: (_ for _ in ()).throw(SystemExit("killed")))
-        with pytest.raises(SystemExit):
-            call(adapt.main, "--pattern", "D4", "D8", "--steps", 1, "--overwrite")
-    assert not any(os.path.exists(f"out/{name}.pt") for name in ("D4", "D8")) and os.path.exists("out/D8.pt.old")
-
-
-def test_adaptation_resumes_by_keeping_what_is_done(untrained, capsys):
-    call(adapt.main, "--pattern", "D4", "--steps", 2)
-    before = Path("out/D4.pt").read_bytes()
-    call(adapt.main, "--pattern", "D4", "D8", "--steps", 2, "--resume")
-    assert Path("out/D4.pt").read_bytes() == before and os.path.exists("out/D8.pt")
-    for flag, value in (("--steps", 3), ("--lr", 0.5), ("--seed", 4)):
-        refused(adapt.main, "--pattern", "D4", "--resume", flag, value, why=f"{flag} {value}: out/D4.pt has")
-    torch.manual_seed(1)
-    save_checkpoint(untrained, RATPlus(RATConfig(320, 1, 2, 16)), **load_checkpoint(untrained)[1])
-    refused(adapt.main, "--pattern", "D4", "--resume", why="adapted from other weights")
-    call(adapt.main, "--pattern", "D4", "D4W0", "D4", "--steps", 3, "--overwrite")
-    assert load_checkpoint("out/D4.pt")[1]["step"] == 3
-    out = capsys.readouterr()
-    assert "adapted once" in out.err and out.out.count("\n| D4 | ") == 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_the_step_and_the_run_goes_on(number):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)                # under nohup it is ignored
-    call(train.main, "--data", "text", "--out", "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "update", signalling(number, at=5))
-        with pytest.raises(KeyboardInterrupt, match="step 3 is saved in out/dense.pt, --resume goes on"):
-            pretrain()
-    assert load_checkpoint("out/dense.pt")[1]["step"] == 3
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handlers are as before"
+def test_weights_are_saved_before_their_validation(monkeypatch):
+    """A validation that is killed, or runs out of memory, loses no step."""
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "evaluate", lambda *args: 1 / 0)
+        pretrain("--eval-interval", 4)
+    assert meta_of()["step"] == 4 and meta_of()["val"] == {}
     call(train.main, "--resume")
-    assert losses() == losses("whole/dense.jsonl")
+    assert meta_of()["step"] == 6 and set(meta_of()["val"]) == {"D1", "D64"}
 
 
-def signalling(number, at, update=train.update):
-    """`update`, which sends this process a signal at its at-th call."""
-    calls = []
+def test_a_full_disk_keeps_the_last_checkpoint(dense, monkeypatch):
+    def full(data, file):
+        file.write(b"half of it")
+        raise OSError("No space left on device")
 
-    def patched(*args):
-        calls.append(args)
-        if len(calls) == at:
-            os.kill(os.getpid(), number)
-        return update(*args)
-
-    return patched
+    monkeypatch.setattr(torch, "save", full)
+    refused(train.main, "--resume", "--steps", 4, why="is not saved, an older one is as it was")
+    assert sorted(os.listdir("out")) == ["dense.jsonl", "dense.pt"]
 
 
-def test_a_signal_in_the_last_step_lets_the_run_end(monkeypatch, capsys):
-    monkeypatch.setattr(train, "update", signalling(signal.SIGINT, at=12))
-    pretrain()
-    meta = load_checkpoint("out/dense.pt")[1]
-    assert meta["step"] == 6 and set(meta["val"]) == {"D1", "D64"} and "not measured" not in capsys.readouterr().out
+CALL = {"help", "out", "resume", "overwrite"}
+FREE = {"steps", "log_interval", "eval_interval", "eval_batch", "grad_accum", "checkpointing",
+        "device", "compile"}
+OTHERS = {"data": "other", "checkpoint": "whole/dense.pt", "split_on": "x", "device": "cpu"}
 
 
-def test_a_hang_up_that_is_ignored_stays_so(monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        monkeypatch.setattr(train, "update", signalling(signal.SIGHUP, at=3))
-        pretrain()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert max(losses()) == 6
+def another(flag, value):
+    """What to type to give a flag another value than this one."""
+    name = flag.option_strings[0]
+    if isinstance(flag, argparse.BooleanOptionalAction):
+        return [flag.option_strings[value is not False]]        # --flag, --no-flag
+    if flag.choices:
+        return [name, next(choice for choice in flag.choices if choice != value)]
+    if flag.type in (int, float, train.in_64s):
+        return [name, str(2 * (value or 1))]
+    return [name, OTHERS.get(flag.dest, "D8")]                  # --arl, --pattern
 
 
-def test_two_runs_do_not_write_the_same_files():
-    os.mkdir("out")
-    held = train.lock("out/dense.lock")
-    refused(train.main, "--data", "text", why="another run is writing there")
-    held.close()
-    pretrain("--steps", 1)                                      # the file of a process that has ended blocks nothing
-    assert os.path.exists("out/dense.lock")
+@pytest.mark.parametrize("flag", [flag for flag in train.train_flags()._actions
+                                  if flag.dest not in CALL], ids=lambda flag: flag.dest)
+def test_resume_refuses_another_value_of_any_flag_that_changes_the_result(flag):
+    """And heeds the others, and the same data elsewhere."""
+    stopped(4, sys.exit, pretrain, "--eval-interval", 3)
+    kept = meta_of()["train"]
+    typed = ["--resume", "--device", "cpu", *another(flag, kept.get(flag.dest))]
+    bins(bins() if flag.dest in FREE else bins()[::-1], folder="other")
+    if flag.dest in FREE - {"data"}:
+        train.main(typed)
+        pretrain("--out", "whole")
+        assert max(losses()) == (12 if flag.dest == "steps" else 6)
+        assert flag.dest == "steps" or error_of(weights(), weights("whole/dense.pt")) < 1e-4
+        assert flag.type is not int or meta_of()["train"][flag.dest] == int(typed[-1])
+        return
+    with pytest.raises((ValueError, OSError)) as error:
+        train.main(typed)
+    named = {"data": "holds other tokens than out/dense.pt", "pattern": "out/D8.pt"}
+    assert named.get(flag.dest, f"{flag.option_strings[0]} ") in str(error.value), error.value
+    assert meta_of()["train"] == kept
 
 
-def test_a_reader_that_goes_away_ends_no_run(monkeypatch, capsys):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as out:
-        for name in ("stdout", "__stdout__"):
-            monkeypatch.setattr(sys, name, out)
-        train.run(pretrain)
-        out.flush()                                             # as at the end of the process
-    err = capsys.readouterr().err
-    assert "Error" not in err and max(losses()) == 6, err
+def test_a_new_run_renames_the_files_of_the_old_one(dense):
+    """A second run in the same folder is refused before the first one has saved anything."""
+    before = dense.read_bytes()
+    log = Path("out/dense.jsonl").read_text()
+    refused(train.main, *IDS, why="--resume goes on with it, --overwrite starts anew")
+    refused(train.main, *IDS, "--overwrite", "--data", "nowhere", why="nowhere")
+    stopped(0, sys.exit, pretrain, "--overwrite")
+    assert not dense.exists() and Path("out/dense.pt.old").read_bytes() == before
+    assert Path("out/dense.jsonl.old").read_text() == log and not losses()
+    refused(train.main, "--resume", why="out/dense.pt")
+    refused(train.main, *IDS, why="out/dense.jsonl exists")
 
 
-def test_a_poisoned_checkpoint_stops_and_is_not_overwritten(untrained):
-    model, meta = load_checkpoint(untrained, training=True)
-    with torch.no_grad():
-        model.norm.weight[0] = math.inf
-    save_checkpoint(untrained, model, **meta)
-    before = untrained.read_bytes()
-    with pytest.raises(ValueError, match="training stopped at step 3"):
-        call(train.main, "--resume")
-    assert untrained.read_bytes() == before
+def test_a_signal_to_the_script_saves_and_says_how_to_go_on():
+    bins()
+    flags = [*TINY, *map(str, IDS), "--steps", "1000000", "--eval-interval", "1000000"]
+    command = [sys.executable, ROOT / "train.py", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        while not process.stdout.readline().startswith("step 0003"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    step = meta_of()["step"]
+    assert process.returncode == 130
+    assert err == f"train.py: interrupted; step {step} is saved in out/dense.pt, --resume goes on\n"
+    call(train.main, "--resume", "--steps", step + 1)
+    assert meta_of()["step"] == step + 1 == max(losses())
 
 
-# --------------------------------------------------------------------------------------------------
-# What is inherited
+# What is inherited: presets, fine-tuning, adaptation ----------------------------------------------
 
-def test_a_resumed_run_can_be_a_parent(untrained):
-    """Only what describes the model and its data is inherited; flags of that call are not."""
-    call(train.main, "--resume", "--steps", 3)
-    call(train.main, "--checkpoint", "out/dense.pt", "--out", "new", "--steps", 2, "--seed", 5)
-    meta = load_checkpoint("new/dense.pt")[1]
-    assert meta["step"] == 2 and list(losses("new/dense.jsonl")) == [1, 2] and meta["train"]["context"] == 16
-    assert not {"resume", "overwrite", "out", "device", "compile"} & {*meta["train"]}
-    assert meta["parent"] == train.fingerprint(load_checkpoint("out/dense.pt")[0])
-    inherited = train.of_run("x", {"train": {"resume": True, "out": "r", "lr": 3, "seed": 9, "eot": 5, "split_on": "s"},
-                                   "tokenizer": "ids"}, {"data": ["d"]}, train.train_flags().defaults)
-    assert inherited == {"lr": 3, "tokenizer": "ids"}
-
-
-def test_the_order_of_precedence(untrained):
-    """default < preset < checkpoint < given."""
-    model, meta = load_checkpoint(untrained)
-    parser = train.train_flags()
-    given = {"checkpoint": str(untrained), "batch_size": 2, "device": "cpu"}
-    config = train.settle(parser, given, train.of_checkpoint("x", model, meta, given, parser.defaults))
-    assert (config.weight_decay, config.eval_interval, config.context, config.batch_size) == (0.1, 250, 16, 2)
-    fresh = train.settle(parser, {"preset": "base", "device": "cpu"}, {})
-    assert (fresh.n_layer, fresh.context, fresh.lr, fresh.weight_decay) == (12, 4096, 8e-4, 0.1)
-    assert train.settle(parser, {"device": "cpu"}, {}).preset == "laptop"
+@pytest.mark.parametrize("preset, expected", [
+    ("laptop", "4 4 128 | 256 16 1 120 120 adamw 0.004"),
+    ("small", "8 8 512 | 2048 32 1 1000 250 muon 0.012"),
+    ("base", "12 12 768 | 4096 128 16 5000 250 adamw 0.0008"),
+    ("paper-1.5b", "24 16 2048 | 4096 512 128 47684 250 adamw 0.0008"),
+    ("paper-2.6b", "28 20 2560 | 4096 512 256 47684 250 adamw 0.0008"),
+    ("paper-7.6b", "32 32 4096 | 4096 512 512 47684 250 adamw 0.0002")])
+def test_presets_are_shapes_and_recipes(preset, expected):
+    c = settle("--preset", preset)
+    assert expected == (
+        f"{c.n_layer} {c.n_head} {c.n_embd} | {c.context} {c.batch_size} {c.grad_accum} {c.steps} "
+        f"{c.eval_interval} {c.optimizer} {c.lr}")
+    assert (c.min_lr, c.warmup, c.weight_decay, c.clip, c.arl) == (1e-6, 0.05, 0.1, 1.0, ["D64"])
+    assert settle().preset == "laptop" and settle("--preset", preset, "--lr", 0.5).lr == 0.5
+    for flag in ("--no-recurrence", "--pattern=D8", "--arl=none"):
+        assert settle("--preset", preset, flag).arl == ["none"]
 
 
-def test_adapted_weights_go_on_in_their_pattern_alone(untrained):
-    call(adapt.main, "--pattern", "D4", "D1", "--steps", 1)
-    parent = load_checkpoint("out/D4.pt")[1]["parent"]
-    for name in ("D4", "D1"):
-        call(train.main, "--checkpoint", f"out/{name}.pt", "--out", "tuned", "--steps", 2)
-        assert all(set(step) == {name} for step in losses(f"tuned/{name}.jsonl").values())
-        assert load_checkpoint(f"tuned/{name}.pt")[1]["parent"] == parent
-    refused(train.main, "--checkpoint", "out/D4.pt", "--arl", "D4", "--out", "b", why="all updates are in D4")
-    refused(train.main, "--checkpoint", "out/D4.pt", "--out", "tuned", why="tuned/D4.pt exists")
-    refused(train.main, "--checkpoint", "out/D4.pt", "--overwrite", why="--out names another folder")
+def test_the_pattern_of_the_main_update_names_the_checkpoint(capsys):
+    pretrain("--pattern", "D8,D2/W1", "--arl", "D4", "--steps", 3, "--n-layer", 2)
+    meta = meta_of("out/D8+D2_W1.pt")
+    assert meta["pattern"] == "D8,D2/W1" and list(meta["val"]) == ["D8,D2/W1", "D4"]
+    sparse, main = losses("out/D8+D2_W1.jsonl")[1].items()
+    assert (sparse[0], main[0]) == ("D4", "D8,D2/W1") and not os.path.exists("out/dense.pt")
+    assert f"| loss {main[1]:.4f} sparse {sparse[1]:.4f} |" in capsys.readouterr().out
 
 
-def test_flags_that_this_version_has_not_are_named_and_left_out(untrained, capsys):
-    model, meta = load_checkpoint(untrained, training=True)
-    meta["train"]["dropout"] = 0.1
-    save_checkpoint(untrained, model, **meta)
-    call(train.main, "--resume", "--steps", 3)
-    call(train.main, "--checkpoint", "out/dense.pt", "--out", "new", "--steps", 1)
-    assert capsys.readouterr().err.count("flags that mean nothing here: dropout") == 1, "and they are not passed on"
+def rewrite(path, **changes):
+    """Change the flags that a checkpoint keeps."""
+    model, meta = load_checkpoint(path)
+    meta["train"].update(changes)
+    save_checkpoint(path, model, **meta)
+
+
+def test_a_checkpoint_keeps_all_flags_as_defaults_of_a_new_run(dense):
+    """But for the seed, the dtype and those of a call. Default < preset < checkpoint < typed."""
+    kept = meta_of()["train"]
+    names = {flag.dest for flag in train.train_flags()._actions}
+    assert names - {*kept} == {*CALL, "device", "compile"} and {*kept} - names == {"data_key"}
+    assert lines(having="config")[0]["config"] == kept
+    rewrite(dense, clip=0.7, seed=5, dtype="bfloat16", checkpoint="x", data_key="y", dropout=1)
+    config = settle("--checkpoint", dense, "--batch-size", 2, "--out", "new")
+    changed = dict(clip=0.7, batch_size=2, checkpoint=str(dense), data_key=None)
+    for name, value in kept.items():
+        assert getattr(config, name) == changed.get(name, value), name
+
+
+@pytest.mark.parametrize("source, flags, name, patterns", [
+    ("dense", "", "dense", {"D1", "D64"}),
+    ("dense", "--pattern D8", "D8", {"D8"}),
+    ("D4", "", "D4", {"D4"}),
+    ("D4", "--pattern D4", "D4", {"D4"})])
+def test_fine_tuning_keeps_the_parent_and_the_pattern(dense, source, flags, name, patterns):
+    parent = train.fingerprint(load_checkpoint(dense)[0])
+    call(adapt.main, "--pattern", "D4", "--steps", 1)
+    start = f"out/{source}.pt"
+    call(train.main, "--checkpoint", start, "--out", "one", "--lr", 2e-6, *flags.split())
+    assert error_of(weights(f"one/{name}.pt"), weights(start)) < 1e-3
+    call(train.main, "--checkpoint", f"one/{name}.pt", "--out", "two", "--steps", 2)
+    call(train.main, "--resume", "--pattern", meta_of(f"one/{name}.pt")["pattern"], "--out", "two")
+    for folder in ("one", "two"):
+        meta = meta_of(f"{folder}/{name}.pt")
+        assert meta["parent"] == parent and set(meta["val"]) == patterns and meta["step"] == 6
+    assert "parent" not in meta_of(dense)
 
 
 def test_the_authors_checkpoint_is_adapted_and_fine_tuned():
     bins(np.random.default_rng(0).integers(0, 37, 500))
-    data = ["--data", "bins", "--context", 16]
-    call(adapt.main, "--checkpoint", GOLDEN, "--pattern", "D4", "--steps", 2, *data)
-    model, meta = load_checkpoint("out/D4.pt")
-    assert model.config.vocab_size == 37 and meta["pattern"] == "D4" and meta["tokenizer"] == "ids"
-    train.main(["--checkpoint", str(GOLDEN), *map(str, data), "--steps", "1", "--device", "cpu", "--out", "new"])
-    assert load_checkpoint("new/dense.pt")[0].config == model.config
+    data = ["--data", "bins", "--context", 16, "--batch-size", 4, "--checkpoint", GOLDEN]
+    call(adapt.main, "--pattern", "D4", "--steps", 2, *data)
+    train.main([*map(str, data), "--steps", "1", "--device", "cpu", "--out", "new"])
+    model, _ = load_checkpoint(GOLDEN)
+    for path, pattern in (("out/D4.pt", "D4"), ("new/dense.pt", "D1")):
+        found, meta = load_checkpoint(path)
+        assert found.config == model.config and meta["parent"] == train.fingerprint(model)
+        assert (meta["pattern"], meta["tokenizer"]) == (pattern, "ids")
     refused(adapt.main, "--checkpoint", GOLDEN, "--pattern", "D8", why="--data is needed")
 
 
-# --------------------------------------------------------------------------------------------------
-# Flags and bad input
-
-@pytest.mark.parametrize("args, why", [
-    (["--data", ""], "--data: it is empty"),
-    (["--out", ""], "--out: it is empty"),
-    (["--data", "nowhere"], "nowhere: no such file"),
-    (["--data", "text", "--tokenizer", "ids"], "text needs a tokenizer"),
-    (["--data", "text", "--eot", "32"], "--eot 32: texts in bytes end with 256"),
-    (["--data", "text", "--context", "100000"], "than the context of 100000"),
-    (["--data", "text", "--arl", ""], "--arl: pattern ''"),
-    (["--data", "text", "--arl", "D-1"], "'D-1'"),
-    (["--data", "text", "--arl", "D1/D2/D4"], "do not divide"),
-    (["--data", "text", "--n-head", "3"], "heads of even width"),
-    (["--data", "text", "--resume"], "out/dense.pt"),
-    (["--data", "text", "--resume", "--overwrite"], "out/dense.pt"),
-    (["--data", "text", "--out", "file"], "file"),
-    (["--data", "text", "--device", "nonsense"], "--device nonsense"),
-    (["--data", "text", "--device", "meta"], "--device meta"),
-    (["--data", "text", "--grad-accum", "3"], "--batch-size 4 does not split into --grad-accum 3 x 1 processes"),
-    (["--data", "text", "--lr", "1e-8"], "--min-lr 1e-06 is above --lr 1e-08"),
-    (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
-    (["--checkpoint", "foreign.pt"], "foreign.pt"),
-    (["--preset", "huge"], "--preset"),
-    (["--nonsense"], "unrecognized arguments: --nonsense"),
-    (["--step", "3"], "unrecognized arguments: --step"),
-    (["--steps", "many"], "--steps: 'many' is not a whole number from 1"),
-    (["--steps", "0"], "--steps: '0' is not a whole number from 1"),
-    (["--steps", "2.5"], "--steps"),
-    (["--warmup", "5"], "--warmup: '5' is not a share of the steps, a number from 0 to 1"),
-    (["--warmup", "100"], "share of the steps"),
-    (["--clip", "-1"], "--clip"),
-    (["--lr", "nan"], "--lr"),
-    (["--lr", "0"], "--lr"),
-    (["--min-lr", "-1"], "--min-lr"),
-    (["--weight-decay", "-0.1"], "--weight-decay"),
-    (["--eot", "-2"], "--eot"),
-    (["--eot", "70000"], "--eot"),
-    (["--vocab-size", "65537"], "--vocab-size"),
-    (["--batch-size", "0"], "--batch-size"),
-    (["--context", "0"], "--context"),
-    (["--seed", "9" * 30], "--seed"),
-    (["--seed", "-1"], "--seed"),
-    (["--dtype", "float64"], "--dtype"),
-    (["--log-interval", "0"], "--log-interval"),
-    (["--eval-interval", "0"], "--eval-interval"),
-    (["--eval-windows", "0"], "--eval-windows"),
-    (["--eval-batch", "0"], "--eval-batch"),
-])
-def test_bad_flags_of_train_are_refused(args, why):
-    Path("file").write_text("a file, not a folder")
-    torch.save({"a": 1}, "foreign.pt")
-    refused(train.main, *args, why=why)
+def test_adaptation_resumes_by_keeping_what_is_done(dense):
+    call(adapt.main, "--pattern", "D4", "--steps", 2)
+    before = Path("out/D4.pt").read_bytes()
+    both = ("--pattern", "D4", "D8", "--steps", 2, "--resume")
+    refused(adapt.main, "--pattern", "D4", "--steps", 2, why="out/D4.pt exists: --resume keeps it")
+    for flag, value in (("--steps", 3), ("--seed", 1), ("--clip", 9.0), ("--optimizer", "muon")):
+        refused(adapt.main, *both, flag, value, why=f"{flag} {value}: out/D4.pt")
+    said = stopped(1, lambda: os.kill(os.getpid(), signal.SIGTERM), call, adapt.main, *both)
+    assert said == "interrupted in D8; --resume keeps what is adapted"
+    assert not os.path.exists("out/D8.pt")
+    call(adapt.main, *both)
+    assert Path("out/D4.pt").read_bytes() == before and list(losses("out/D8.jsonl")) == [1, 2]
+    call(adapt.main, "--pattern", "D4", "--steps", 3, "--overwrite")
+    assert meta_of("out/D4.pt")["step"] == 3 and Path("out/D4.pt.old").read_bytes() == before
+    save_checkpoint(dense, tiny_model(1), **meta_of())
+    refused(adapt.main, "--pattern", "D4", "--resume", why="not adapted from these weights")
 
 
-@pytest.mark.parametrize("args, why", [
-    (["--pattern", "D1/D2/D4"], "3 head groups do not divide 2 heads"),
-    (["--pattern", "D4", "D"], "'D'"),
-    (["--pattern", "D1,D4"], "2 layers are named, the model has 1"),
-    (["--pattern"], "--pattern"),
-    (["--data", "wide"], "token 400 is beyond the vocabulary of 320"),
-    (["--data", "wide", "--tokenizer", "gpt2", "--split-on", "x"], "--split-on"),
-    (["--lr", "1e-5", "--min-lr", "1e-4"], "--min-lr 0.0001 is above --lr 1e-05"),
-    (["--checkpoint", "nowhere.pt"], "nowhere.pt"),
-    (["--arl", "D4"], "unrecognized arguments"),
-    (["--random"], "unrecognized arguments"),
-    (["--out", "empty"], "empty/dense.pt"),
-])
-def test_bad_flags_of_adapt_are_refused(untrained, args, why):
-    bins([3, 400, 1] * 20, folder="wide")
-    refused(adapt.main, *args, why=why)
+@pytest.mark.parametrize("main, flags, kept", [
+    (adapt.main, ["--data", "bins"], False),
+    (adapt.main, ["--data", "other"], True),
+    (train.main, ["--checkpoint", "out/dense.pt"], False)])
+def test_adaptation_keeps_what_was_adapted_to_the_same_data_alone(dense, main, flags, kept):
+    bins(bins()[::-1], folder="other")
+    call(main, "--pattern", "D4", "--steps", 40, *flags)
+    again = [adapt.main, "--pattern", "D4", "--data", "other", "--resume"]
+    call(*again) if kept else refused(*again, why="out/D4.pt")
 
 
-@pytest.mark.parametrize("args, why", [
-    (["--n-embd", "32"], "--n-embd 32: out/dense.pt has 16"),
-    (["--preset", "small"], "out/dense.pt has"),
-    (["--no-recurrence"], "--recurrence False: out/dense.pt has True"),
-    (["--vocab-size", "512"], "--vocab-size 512: out/dense.pt has 320"),
-])
-def test_a_shape_that_does_not_fit_the_checkpoint_is_refused(untrained, args, why):
-    with pytest.raises(ValueError) as error:
-        train.main(["--checkpoint", "out/dense.pt", "--out", "new", "--device", "cpu", *args])
-    assert why in str(error.value)
+@pytest.mark.parametrize("steps, lr, expected", [
+    (300, 0.02, (40, 5e-4, 1e-6)), (9000, 1e-3, (90, 1e-4, 1e-6)), (300, 5e-6, (40, 5e-7, 5e-7))])
+def test_adaptation_takes_a_hundredth_of_the_steps(dense, steps, lr, expected):
+    """And a tenth of the rate. The seed and the dtype are its own."""
+    rewrite(dense, steps=steps, lr=lr, seed=3, dtype="bfloat16")
+    config = adapt.settle(["--device", "cpu"])[0]
+    assert (config.steps, config.lr, config.min_lr) == pytest.approx(expected)
+    assert (config.seed, config.dtype, config.eot) == (0, "float32", EOT)
 
 
-def test_a_small_rate_of_pretraining_gives_adaptation_no_rising_rate(untrained):
-    model, meta = load_checkpoint(untrained, training=True)
-    meta["train"]["lr"] = 5e-6
-    save_checkpoint(untrained, model, **meta)
-    call(adapt.main, "--pattern", "D4", "--steps", 3)
-    assert max(record["lr"] for record in records("out/D4.jsonl").values()) < 5.1e-7
+# Bad input, processes -----------------------------------------------------------------------------
+
+NAMED = ("--steps many; --steps 0; --clip -1; --lr nan; --lr inf; --vocab-size 0; --batch-size 0; "
+         "--context -5; --seed -1; --data=; --eval-windows 0; --preset huge; --arl D-1; "
+         "--device nonsense; --device meta; --step 3; --nonsense 1; --warmup 5")
 
 
-def test_adaptation_takes_a_hundredth_of_the_steps_but_at_least_40(untrained):
-    model, meta = load_checkpoint(untrained)
-    for steps, expected in ((300, 40), (9000, 90)):
-        meta["train"]["steps"] = steps
-        assert adapt.settle(adapt.adapt_flags(), {"device": "cpu"}, "x", meta).steps == expected
-
-
-def test_help_names_every_default(capsys):
-    for flags in (train.train_flags(), adapt.adapt_flags()):
-        text = " ".join(flags.format_help().split())
-        for name, default in flags.defaults.items():
-            if isinstance(default, (int, float, str)) and not isinstance(default, bool):
-                assert f"default: {default}" in text, name
-        assert flags.parse_args([]) == argparse.Namespace(), "only what was typed"
-
-
-# --------------------------------------------------------------------------------------------------
-# Processes
-
-@pytest.mark.parametrize("variables, expected", [
-    ({}, (0, 0, 1)),
-    ({"WORLD_SIZE": "2", "RANK": "0"}, (0, 0, 1)),
-    ({"WORLD_SIZE": "", "RANK": ""}, (0, 0, 1)),
-    ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": "1"}, (0, 0, 1)),
-    ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (3, 1, 4)),
-])
-def test_only_torchruns_variables_make_several_processes(monkeypatch, variables, expected):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert train.from_torchrun() == expected
-
-
-@pytest.mark.parametrize("error, code, line", [
-    (ValueError("two\nlines"), 1, "two lines"),
-    (FileNotFoundError("no file"), 1, "no file"),
-    (torch.OutOfMemoryError("no memory"), 1, "no memory"),
-    (KeyboardInterrupt("; step 3 is saved"), 130, "interrupted; step 3 is saved"),
-    (BrokenPipeError(), 0, None),
-    (None, 0, None),
-])
-def test_run_makes_one_line_of_an_error(monkeypatch, capsys, error, code, line):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
-    monkeypatch.setattr(train, "hang_up", lambda: None)
-
-    def main():
-        if error:
-            raise error
-
-    try:
-        train.run(main)
-        found = 0
-    except SystemExit as stop:
-        found = stop.code
-    assert found == code and capsys.readouterr().err == (f"train.py: {line}\n" if line else "")
-    with pytest.raises(ZeroDivisionError):
-        train.run(lambda: 1 / 0)
-
-
-def test_text_that_the_terminal_has_no_letters_for_is_printed_anyway(monkeypatch):
-    screen = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
-    train.run(lambda: train.say("naïve \udce9 漢"))
-    assert screen.getvalue() == b"na\\xefve \\udce9 \\u6f22\n"
+@pytest.mark.parametrize("script, args, why", [
+    ("train", "--data text --tokenizer ids", "no tokenizer for this vocabulary"),
+    ("train", "--data text --eot 32", "--eot 32: end-of-text of bytes is 256"),
+    ("train", "--data text --context 99999", "than the context of 99999: give more data"),
+    ("train", "--data text --out file", "file"),
+    ("adapt", "--overwrite --resume", "give one"),
+    ("train", "--grad-accum 3", "--batch-size 4 does not split into --grad-accum 3 x 1"),
+    ("tuned", "--n-embd 32", "--n-embd 32: out/dense.pt has 16"),
+    ("tuned", "--no-recurrence", "--recurrence False: out/dense.pt has True"),
+    ("tuned", "--checkpoint bare.pt", "bare.pt does not say what it was trained on: --data"),
+    ("adapt", "--pattern D1/D2/D4", "does not fit"),
+    ("adapt", "--pattern D4 --data wide", "token 400 is beyond the vocabulary of 64"),
+    ("adapt", "--lr 1e-5 --min-lr 1e-4", "--min-lr 0.0001 is above --lr 1e-05"),
+    ("adapt", "--out empty", "empty/dense.pt"),
+    *[("train", args, args.split()[0].strip("=")) for args in NAMED.split("; ")]])
+def test_bad_input_is_refused(script, args, why):
+    if script != "train":
+        pretrain("--steps", 1)
+    texts({"a.txt": "a text " * 50})
+    Path("file").touch()
+    bins([5, 400, 1, 9] * 20, folder="wide")
+    save_checkpoint("bare.pt", tiny_model())
+    start = ["--checkpoint", "out/dense.pt", "--out", "new"] if script == "tuned" else []
+    refused(adapt.main if script == "adapt" else train.main, *start, *args.split(), why=why)
 
 
 def test_two_processes_train_as_one():
-    """The same losses and the same norm, so that gradients are neither summed nor averaged wrongly; parts have targets of their own."""
-    run = [*TINY, "--data", "text", "--arl", "D4", "--clip", "0.1"]
-    pretrain("--arl", "D4", "--clip", 0.1, "--out", "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "train.py", *run]
-    done = subprocess.run([*map(str, command), "--out", "two", "--grad-accum", "2"], capture_output=True, text=True, timeout=120)
+    """Although the parts have unequal numbers of targets and some have none."""
+    mask = np.random.default_rng(1).integers(0, 2, 240)
+    mask[:100] = 0
+    bins(mask=mask)
+    flags = ["--arl", "D4", "--clip", 0.1, "--lr", 0.01]
+    pretrain(*flags, "--out", "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               ROOT / "train.py", *TINY, *IDS, *flags, "--out", "two", "--grad-accum", 2]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("RAT+ |") == 1 and "| 2 processes" in done.stdout, "one process prints"
-    one, two = records("one/dense.jsonl"), records("two/dense.jsonl")
-    assert one.keys() == two.keys()
-    for step in one:
-        assert abs(one[step]["norm"] / two[step]["norm"] - 1) < 1e-4, "the norm of the gradient of the whole batch"
-        assert all(abs(one[step]["losses"][name] - two[step]["losses"][name]) < 1e-4 for name in one[step]["losses"])
-    assert error_of(weights("two/dense.pt"), weights("one/dense.pt")) < 1e-4
-    val, alone = (load_checkpoint(f"{name}/dense.pt")[1]["val"] for name in ("two", "one"))
-    assert all(abs(val[name] - alone[name]) < 1e-4 for name in alone), "validation is split and summed"
-    broken = subprocess.run([*map(str, command), "--data", "nowhere", "--out", "b"], capture_output=True, text=True, timeout=120)
-    assert broken.returncode != 0 and broken.stderr.count("train.py: --data") == 1, broken.stderr
+    assert done.stdout.count("RAT+ |") == done.stdout.count("| 2 processes") == 1, "one prints"
+    for a, b in zip(lines("two/dense.jsonl"), lines("one/dense.jsonl"), strict=True):
+        assert a["losses"] == pytest.approx(b["losses"], abs=1e-4)
+        assert a["norm"] == pytest.approx(b["norm"], rel=1e-3)
+    assert error_of(weights("two/dense.pt"), weights("one/dense.pt")) < 1e-3
+    val = meta_of("one/dense.pt")["val"]
+    assert meta_of("two/dense.pt")["val"] == pytest.approx(val, abs=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------
-# On a GPU
-
-ON_GPU = ["--n-layer", 2, "--n-head", 2, "--n-embd", 128, "--context", 128, "--batch-size", 4, "--data", "text", "--steps", 12,
-          "--eval-interval", 6, "--log-interval", 1, "--device", "cuda", "--arl", "D64"]
-
-
-@needs_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compiled_and_eager_agree_on_a_gpu(capsys):
+    bins(np.arange(5000) % 40)
+    flags = ["--n-layer", 2, "--n-embd", 128, "--context", 128, "--steps", 12, "--device", "cuda"]
     for flag in ("--compile", "--no-compile"):
-        train.main([*map(str, ON_GPU), "--out", flag[2:], flag])
-        out = capsys.readouterr().out
-        assert ("compilation included" in out) == (flag == "--compile") and "| peak " in out
-    compiled, eager = losses("compile/dense.jsonl"), losses("no-compile/dense.jsonl")
-    for step in eager:
-        assert all(abs(compiled[step][name] - eager[step][name]) < 2e-2 for name in eager[step]), step
-    assert compiled[12]["D1"] < compiled[1]["D1"] - 0.3, "it learns"
-
-
-@needs_gpu
-def test_a_run_that_was_stopped_on_a_gpu_goes_on(monkeypatch):
-    train.main([*map(str, ON_GPU), "--out", "whole", "--no-compile"])
-    monkeypatch.setattr(train, "update", signalling(signal.SIGTERM, at=13))
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*map(str, ON_GPU), "--out", "cut", "--no-compile"])
-    train.main(["--resume", "--out", "cut", "--device", "cuda", "--no-compile"])
-    a, b = losses("cut/dense.jsonl"), losses("whole/dense.jsonl")
-    assert a.keys() == b.keys()
-    for step in b:
-        assert all(abs(a[step][name] - b[step][name]) < 1e-2 for name in b[step]), step
-
-
-@needs_gpu
-def test_few_cpu_threads_beside_a_gpu(monkeypatch):
-    before = torch.get_num_threads()
-    for given, expected in ((None, 4), ("7", before)):
-        torch.set_num_threads(before)
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if given:
-            monkeypatch.setenv("OMP_NUM_THREADS", given)
-        train.resolve_device(SimpleNamespace(device="cuda", dtype=None))
-        assert torch.get_num_threads() == expected
-    torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_train_as_one():
-    train.main([*map(str, ON_GPU), "--out", "one"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "train.py", *ON_GPU]
-    done = subprocess.run([*map(str, command), "--out", "two"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    a, b = losses("one/dense.jsonl"), losses("two/dense.jsonl")
-    for step in a:
-        assert all(abs(a[step][name] - b[step][name]) < 2e-2 for name in a[step]), step
+        pretrain(*flags, "--arl", "D16", "--out", flag, flag)
+        assert "| peak " in capsys.readouterr().out
+    compiled = losses("--compile/dense.jsonl")
+    for step, found in losses("--no-compile/dense.jsonl").items():
+        assert compiled[step] == pytest.approx(found, abs=3e-2)
