@@ -16,8 +16,8 @@ import copy
 import os
 
 from model import Pattern, load_checkpoint
-from train import (FREE, OF_A_RUN, add_data_flags, add_training_flags, catch_signals, check,
-                   evaluate, file_of, fingerprint, fit, header, load_data, log_line,
+from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, catch_signals,
+                   check, evaluate, file_of, fingerprint, fit, header, load_data, log_line,
                    new_optimizers, new_parser, open_log, pattern_flag, recorded, refuse_changes,
                    report, require, run, save)
 
@@ -35,7 +35,7 @@ def settle(argv):
     model, meta = load_checkpoint(dense)
     saved = meta.get("train", {})
     require(saved or config.data, f"{dense} does not say what it was trained on: --data is needed")
-    left_out = {*OF_A_RUN - {"data_key"}, "pattern", "optimizer"}
+    left_out = {*NOT_INHERITED - {"data_key"}, "pattern", "optimizer"}
     known = {name: saved[name] for name in saved if hasattr(config, name) and name not in left_out}
     lr = min(saved.get("lr", config.lr) / 10, 5e-4)         # Muon's rates are too high for AdamW
     parser.set_defaults(**{
@@ -56,7 +56,7 @@ def is_done(path, parent, config):
     meta = load_checkpoint(path)[1]
     require(meta.get("parent") == parent and "adapt" in meta, f"{path} exists, and was not adapted "
             "from these weights: --overwrite adapts anew")
-    refuse_changes(path, meta["adapt"], config, {*FREE, "pattern"} - {"steps"})
+    refuse_changes(path, meta["adapt"], config, {*MAY_DIFFER, "pattern"} - {"steps"})
     return True
 
 

@@ -375,8 +375,8 @@ def benchmarks(rows, config):
     coder = Tokenizer(config.tokenizer, config.eot)
     tasks = {path: read_items(path, coder, config) for path in config.choices}
     names = [os.path.basename(path).split(".jsonl")[0] for path in tasks]
-    print("\nacc in % ± its standard error / norm, or ppl (delta)\n\n" + table_head(*LABEL, *names),
-          flush=True)
+    print("\nacc in % ± its standard error / norm, or ppl (delta)\n")
+    print(table_head(*LABEL, *names), flush=True)
     dense = {}                                                  # hits by model and file
     records = []
     for row in rows:

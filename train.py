@@ -5,8 +5,8 @@ A model that may attend everywhere has no need of its recurrence, which then lea
 few tokens only. Under the pattern D64 a query sees every 64th key, and only the recurrence can
 carry what lies between. So by default each batch makes two full updates, equation (6):
 
-  theta <- AdamW(theta, gradient of loss(batch; theta, D64))    sparse: the recurrence must reach 64
-  theta <- AdamW(theta, gradient of loss(batch; theta, D1))     dense: attention to all keys
+  theta <- optimizer(theta, gradient of loss(batch; theta, D64))    sparse: recurrence must reach 64
+  theta <- optimizer(theta, gradient of loss(batch; theta, D1))     dense: attention to all keys
 
 `python train.py` trains a small model on the source of Python's standard library, offline.
 `python train.py --checkpoint out/dense.pt --data mine --out out/mine` fine-tunes a checkpoint.
@@ -14,7 +14,7 @@ carry what lies between. So by default each batch makes two full updates, equati
 
 A flag has the first of these values: what was typed, the checkpoint's, the preset's, the default.
 --resume goes on with a run: a typed flag that would change its result is refused, but for --steps.
-Ctrl-C ends the step, saves, and says how to go on.
+Ctrl-C finishes the step, saves, and says how to go on.
 """
 import argparse
 import codecs
@@ -91,7 +91,7 @@ def updates(step, config, pattern, arl):
     """The patterns of the updates that a step makes, in order: a sparse one, then the main one.
     With --one-update it is one of the two. The same for the same seed and step.
     """
-    rng = np.random.default_rng((config.seed, step, 1))
+    rng = np.random.default_rng((config.seed, step, 1))         # apart from that of the windows
     both = [arl[rng.integers(len(arl))], pattern] if arl else [pattern]
     return [both[rng.integers(len(both))]] if config.one_update else both
 
@@ -131,10 +131,11 @@ def schedule(step, config):
 def new_optimizers(model, config):
     """{name: optimizer}, named as in checkpoints. `optimizer` is AdamW with weight decay on all its
     parameters, as the authors have it. With --optimizer muon it has the embedding and the norms
-    only; Muon takes the matrices of the blocks, scaled so that the same learning rate suits both.
+    only; Muon takes the matrices of the blocks, scaled so that one learning rate serves both.
     """
     mine = [p for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
-    rest = [p for p in model.parameters() if p not in {*mine}]
+    matrices = {*mine}
+    rest = [p for p in model.parameters() if p not in matrices]
     optimizers = {"optimizer": torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.95), fused=True,
                                                  weight_decay=config.weight_decay)}
     if mine:
@@ -304,8 +305,8 @@ def share(idx, targets, config):
 class Windows:
     """The windows of T tokens in some files of tokens, as batches.
 
-    Windows lie side by side, so that masked samples of T tokens stay whole, and none reaches into
-    the next file. files: [(tokens, mask)], see `open_bin`.
+    Training windows lie side by side, so that masked samples of T tokens stay whole. No window
+    reaches into the next file. files: [(tokens, mask)], see `open_bin`.
     """
 
     def __init__(self, files, config, coder):
@@ -391,6 +392,8 @@ def load_data(config):
     config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
     coder = Tokenizer(config.tokenizer, config.eot)
     if texts:
+        require(coder.size, f"--data {texts[0]}: there is no train.bin in it, and a text needs "
+                "--tokenizer bytes or gpt2")
         folders.append(tokenize(texts, coder.name, config.split_on))
     train = [open_bin(os.path.join(folder, "train.bin")) for folder in folders]
     val = [open_bin(os.path.join(folder, "val.bin")) for folder in folders]
@@ -403,7 +406,7 @@ def load_data(config):
         require(windows.counts(1).sum() > 0, f"{path}: {len(windows)} tokens; it must hold more "
                 f"uint16 tokens than the context of {config.context}: give more data or a smaller "
                 "--context")
-    _, targets = windows.cut(*windows.evenly())
+    _, targets = sides[1].cut(*sides[1].evenly())
     require((targets != -100).any(), f"{path}: the mask lets no target count in the validation")
     key = data_key(train + val)
     if config.data_key not in (None, key):
@@ -502,10 +505,10 @@ def find_texts(source):
                     found.setdefault(os.path.realpath(path), name)
     require(found, f"--data {source}: no such file or folder, or nothing in it")
     names = {name: path for path, name in found.items()}
-    return {name: names[name] for name in sorted(names, key=number_of)}
+    return {name: names[name] for name in sorted(names, key=name_hash)}
 
 
-def number_of(name):
+def name_hash(name):
     """The md5 of a text's name, which shuffles texts and chooses those for validation."""
     return int(hashlib.md5(os.fsencode(name.replace(os.sep, "/"))).hexdigest(), 16)
 
@@ -549,7 +552,7 @@ def write_tokens(texts, coder, split_on, folder):
                 left_out.append(path)
             border = cut_before(text, len(text) * 19 // 20)
             if len(texts) >= 100:
-                border = 0 if number_of(name) % 20 == 0 else len(text)
+                border = 0 if name_hash(name) % 20 == 0 else len(text)
             for file, part in ((train, text[:border]), (val, text[border:])):
                 parts = part.split(split_on) if split_on else [part]
                 documents += len(parts)
@@ -564,7 +567,7 @@ def write_tokens(texts, coder, split_on, folder):
              f"text: {left_out[0]} for example")
     require(len(left_out) < len(texts), "--data: no UTF-8 text in it (a .bin of tokens must be "
             "named train.bin or val.bin, and --data its folder)")
-    if split_on and documents == 2 * len(texts):
+    if split_on and documents == 2 * len(texts):        # one on either side, some of them empty
         note(f"warning: --split-on {split_on!r} is nowhere in the texts: each file is one document")
 
 
@@ -585,15 +588,15 @@ def cut_before(text, k):
 
 
 def write_document(text, coder, file, size=2**20):
-    """Append the tokens of a document to a file, a million characters at a time: memory is less
-    than tokens.
+    """Append the tokens of a document to a file, a million characters at a time, so that they are
+    never all in memory.
     """
     for start in range(0, len(text), size):
         np.asarray(coder.encode(text[start:start + size]), "<u2").tofile(file)
     np.array([coder.eot], "<u2").tofile(file)
 
 
-LONG_RUN = re.compile(r"(\s{1000}|\S{10000})")              # a million blanks are too much for BPE
+LONG_RUN = re.compile(r"(\s{1000}|\S{10000})")              # on longer ones tiktoken is too slow
 
 
 class Tokenizer:
@@ -702,7 +705,7 @@ def add_training_flags(parser):
     flag("--grad-accum", type=int, default=1, help="parts of a batch that run one by one")
     flag("--steps", type=int, default=1000, help="batches to train on")
     flag("--optimizer", choices=("adamw", "muon"), default="adamw",
-         help="muon: of the blocks' matrices, with AdamW for the rest, and at ten times its rate")
+         help="muon: for the blocks' matrices, with AdamW for the rest; give it ten times the --lr")
     flag("--lr", type=float, default=1e-3, help="peak learning rate")
     flag("--min-lr", type=float, default=1e-6, help="learning rate of the last step")
     flag("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
@@ -756,12 +759,12 @@ def check(config):
         config.compile = on_gpu(config)
 
 
-OF_A_RUN = {"checkpoint", "seed", "dtype", "data_key"}              # what a new run takes from none
+NOT_INHERITED = {"checkpoint", "seed", "dtype", "data_key"}         # by a new run
 OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what checkpoints do not keep
-FREE = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
+MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
         "checkpointing", *OF_A_CALL}
-# What may differ in a resumed run. The data's key must be the same, wherever they lie. More steps
-# prolong a run, and stretch the schedule of the learning rate. The others change no result.
+# What may differ in a resumed run. The data's key must be the same, wherever they lie. Other steps
+# stretch the schedule of the learning rate. The others change the result by rounding at most.
 
 
 def recorded(config):
@@ -776,7 +779,7 @@ def refuse_changes(path, saved, config, free=()):
     for name, value in saved.items():
         mine = getattr(config, name)
         require(name in free or mine == value, f"--{name.replace('_', '-')} {mine}: {path} has "
-                f"{value}, and what changes the result can't differ; --out starts another run")
+                f"{value}, and what changes the result can't differ")
 
 
 def on_gpu(config):
@@ -859,7 +862,7 @@ def run(main):
     try:
         main()
         summed(torch.zeros(1))                              # all processes have come here
-        print(end="", flush=True)
+        print(end="", flush=True)                           # a full disk shows here at the latest
     except (Exception, KeyboardInterrupt) as error:
         told = isinstance(error, (ValueError, OSError, KeyboardInterrupt)) or out_of_memory(error)
         if not told:
@@ -882,7 +885,9 @@ def file_of(pattern, out):
 
 
 def fingerprint(model):
-    """Eight hex digits that tell weights from others: checkpoints name their parent so."""
+    """Eight hex digits that tell weights from others. Checkpoints name the first of their parents
+    so: a fine-tuned one keeps what was written in the file that it started from.
+    """
     weights = model.embed.weight.detach().float().cpu().numpy()
     return hashlib.md5(weights.tobytes()).hexdigest()[:8]
 
@@ -899,7 +904,7 @@ def open_log(path, config, first=0):
 
     A new run creates it: another run's files there are refused, or with --overwrite renamed, so
     that they can't pass for those of the new one. A resumed run keeps the records of its first
-    steps, so that each step is there once, and leaves torn lines out.
+    steps, so that it repeats none, and leaves torn lines out.
     """
     if RANK:
         return open(os.devnull, "w")
@@ -1002,8 +1007,8 @@ def settle(parser, argv):
         require(saved.get("data") or config.data, f"{start} does not say what it was trained on: "
                 "--data is needed")
         own = meta["pattern"]
-        saved = {name: value for name, value in saved.items() if name not in OF_A_RUN}
-        if not config.pattern == own == "D1":               # ARL belongs to dense training
+        saved = {name: value for name, value in saved.items() if name not in NOT_INHERITED}
+        if config.pattern != "D1" or own != "D1":           # ARL belongs to dense training
             saved.pop("arl", None)
         saved["pattern"] = own
     preset = config.preset or saved.get("preset") or "laptop"
@@ -1012,7 +1017,7 @@ def settle(parser, argv):
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
     if start:
-        refuse_changes(start, saved if config.resume else asdict(model.config), config, FREE)
+        refuse_changes(start, saved if config.resume else asdict(model.config), config, MAY_DIFFER)
     check(config)
     return config, file_of(config.pattern, config.out), model, meta
 
@@ -1062,8 +1067,9 @@ def main(argv=None):
             if ends or stopped or step % config.log_interval == 0:
                 report(log, log_line(record, config, config.pattern), **record)
             if stopped:
-                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, --resume "
-                                        "goes on")
+                own = "" if config.pattern == "D1" else f"--pattern {config.pattern} "
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, {own}"
+                                        "--resume goes on")
             if due:
                 validate(step, log)
         if first >= config.steps and not meta["val"]:   # stopped in its last validation

@@ -413,7 +413,7 @@ def test_lines_say_what_the_records_hold():
         "398.3k tok/s | MFU 38% | ETA 12.0 min")
     record.update(losses={"D16": 1.5}, mfu=0.0)
     assert "5000 | loss 1.5000 | lr" in train.log_line(record, config, "D16")
-    assert "5000 | sparse 1.5000 | lr" in train.log_line(record, config), "--one-update"
+    assert "5000 | sparse 1.5000 | lr" in train.log_line(record, config, "D1")
     val = train.validation_line({"D1": 2 * math.log(2), "D64": 3}, 4.0, config)
     assert val == "val D1 1.3863 D64 3.0000 | 0.5000 bits per byte"
     model = tiny_model()
@@ -876,7 +876,7 @@ NAMED = ("--steps many; --steps 0; --clip -1; --lr nan; --lr inf; --vocab-size 0
 
 
 @pytest.mark.parametrize("script, args, why", [
-    ("train", "--data text --tokenizer ids", "no tokenizer for this vocabulary"),
+    ("train", "--data text --tokenizer ids", "a text needs --tokenizer bytes or gpt2"),
     ("train", "--data text --eot 32", "--eot 32: end-of-text of bytes is 256"),
     ("train", "--data text --context 99999", "than the context of 99999: give more data"),
     ("train", "--data text --out file", "file"),
