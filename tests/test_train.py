@@ -1,6 +1,7 @@
 """Training, adaptation, data and flags: each promise that changes a number or a file has a test."""
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -899,6 +900,67 @@ def test_bad_input_is_refused(script, args, why):
     save_checkpoint("bare.pt", tiny_model())
     start = ["--checkpoint", "out/dense.pt", "--out", "new"] if script == "tuned" else []
     refused(adapt.main if script == "adapt" else train.main, *start, *args.split(), why=why)
+
+
+# Other people's machines --------------------------------------------------------------------------
+
+@pytest.fixture
+def quiet_signals(monkeypatch):
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+
+
+@pytest.mark.parametrize("error, code, why", [
+    (ValueError("bad\ninput"), 1, "bad input"),
+    (FileNotFoundError(2, "No such file", "x.pt"), 1, "x.pt"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate"), 1, "can't allocate"),
+    (KeyboardInterrupt(), 130, "interrupted")])
+def test_what_goes_wrong_is_one_line_and_a_code(error, code, why, quiet_signals, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        train.run(main)
+    said = capsys.readouterr().err
+    assert end.value.code == code and said.count("\n") == 1 and why in said
+
+
+def test_a_fault_of_ours_keeps_its_traceback(quiet_signals):
+    with pytest.raises(ZeroDivisionError):
+        train.run(lambda: 1 / 0)
+
+
+class Notebook(io.TextIOBase):
+    """A stream as Jupyter's: no reconfigure, no buffer."""
+
+    def write(self, text):
+        return len(text)
+
+
+class Full(io.StringIO):
+    """A stream to a full disk: what was printed is lost when it is flushed."""
+
+    def flush(self):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stream, code", [(Notebook(), 0), (None, 0), (Full(), 1)])
+def test_streams_of_other_kinds(stream, code, quiet_signals, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream)
+    ended = 0
+    try:
+        train.run(lambda: print("a table"))
+    except SystemExit as end:
+        ended = end.code
+    assert ended == code
+
+
+def test_a_checkpoint_is_kept_where_fsync_fails(monkeypatch):
+    def fsync(number):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_checkpoint("a.pt", tiny_model(), step=3)
+    assert load_checkpoint("a.pt")[1]["step"] == 3
 
 
 def test_two_processes_train_as_one():
