@@ -987,9 +987,9 @@ def test_two_processes_train_as_one():
 def test_compiled_and_eager_agree_on_a_gpu(capsys):
     bins(np.arange(5000) % 40)
     flags = ["--n-layer", 2, "--n-embd", 128, "--context", 128, "--steps", 12, "--device", "cuda"]
-    for flag in ("--compile", "--no-compile"):
-        pretrain(*flags, "--arl", "D16", "--out", flag, flag)
+    for out in ("compile", "no-compile"):
+        pretrain(*flags, "--arl", "D16", "--out", out, f"--{out}")
         assert "| peak " in capsys.readouterr().out
-    compiled = losses("--compile/dense.jsonl")
-    for step, found in losses("--no-compile/dense.jsonl").items():
+    compiled = losses("compile/dense.jsonl")
+    for step, found in losses("no-compile/dense.jsonl").items():
         assert compiled[step] == pytest.approx(found, abs=3e-2)
