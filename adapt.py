@@ -17,9 +17,9 @@ import os
 
 from model import Pattern, load_checkpoint
 from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, catch_signals,
-                   check, evaluate, file_of, fingerprint, fit, header, load_data, log_line,
-                   new_optimizers, new_parser, open_log, pattern_flag, recorded, refuse_changes,
-                   report, require, run, save)
+                   check, evaluate, file_of, fingerprint, fit, header, inherited, load_data,
+                   log_line, new_optimizers, new_parser, open_log, pattern_flag, recorded,
+                   refuse_changes, report, require, run, save)
 
 
 def settle(argv):
@@ -35,13 +35,12 @@ def settle(argv):
     model, meta = load_checkpoint(dense)
     saved = meta.get("train", {})
     require(saved or config.data, f"{dense} does not say what it was trained on: --data is needed")
-    left_out = {*NOT_INHERITED - {"data_key"}, "pattern", "optimizer"}
-    known = {name: saved[name] for name in saved if hasattr(config, name) and name not in left_out}
+    left_out = {*NOT_INHERITED, "pattern", "optimizer", "one_update"}
     lr = min(saved.get("lr", config.lr) / 10, 5e-4)         # Muon's rates are too high for AdamW
     parser.set_defaults(**{
-        **known, "tokenizer": meta["tokenizer"], "vocab_size": model.config.vocab_size,
+        **inherited(meta, config, left_out), "vocab_size": model.config.vocab_size,
         "steps": max(40, saved.get("steps", 0) // 100), "lr": lr, "warmup": 0.0,
-        "min_lr": min(lr, saved.get("min_lr", config.min_lr)), "one_update": False})
+        "min_lr": min(lr, saved.get("min_lr", config.min_lr))})
     config = parser.parse_args(argv)
     check(config)
     config.eval_interval = config.steps                 # validation is at the end only

@@ -43,9 +43,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import Cache, Pattern, RATPlus, load_checkpoint, require
-from train import (Tokenizer, add_data_flags, autocast, bits_per_byte, bytes_per_token, evaluate,
-                   file_of, fingerprint, header, keys_per_token, load_data, move, new_parser, note,
-                   pattern_flag, run, use_device)
+from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte,
+                   bytes_per_token, evaluate, file_of, fingerprint, header, inherited,
+                   keys_per_token, load_data, move, new_parser, note, pattern_flag, run, use_device)
 
 
 def table_row(*cells):
@@ -112,10 +112,8 @@ def settle(path, argv):
     """(config, model, meta) of a checkpoint, whose flags are defaults; of none if path is None."""
     parser = eval_flags()
     model, meta = load_checkpoint(path) if path else (None, {"tokenizer": "bytes"})
-    for name in ("data", "eot", "split_on", "context", "eval_windows", "eval_batch", "data_key"):
-        if name in meta.get("train", {}):
-            parser.set_defaults(**{name: meta["train"][name]})
-    parser.set_defaults(tokenizer=meta["tokenizer"], vocab_size=model and model.config.vocab_size)
+    saved = inherited(meta, parser.parse_args(argv), {*NOT_INHERITED, "pattern"})
+    parser.set_defaults(**{**saved, "vocab_size": model and model.config.vocab_size})
     config = parser.parse_args(argv)
     config.samples = config.samples or (16384 if config.write else 64)
     require(min(config.context, config.eval_windows, config.eval_batch, config.samples) >= 1,

@@ -173,7 +173,8 @@ class Loss(torch.nn.Module):
 def trainable(model, config):
     """A Loss whose blocks are compiled and checkpointed as the flags say, under DDP if need be."""
     model.checkpointing = config.checkpointing
-    torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
+    if on_gpu(config):
+        torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
     if config.compile:
         torch._dynamo.config.optimize_ddp = False       # DDP need not cut through a block's graph
         torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
@@ -247,25 +248,29 @@ def flops_per_token(model, pattern, arl, config):
 
 
 def keys_per_token(pattern, config, T):
-    """Mean number of keys per query in a sequence of T tokens, over positions, layers and heads. Of
-    more than 1024 positions, 1024 are looked at, spread evenly.
+    """Mean number of keys per query in a sequence of T tokens, over positions, layers and heads."""
+    total = 0.0
+    for i in range(config.n_layer):
+        rules = pattern.rules(i)
+        total += sum(mean_keys(rule, T) for rule in rules) / len(rules)
+    return total / config.n_layer
+
+
+@functools.cache                                        # most layers have the same rules
+def mean_keys(rule, T):
+    """Mean number of keys per query under a rule. Of more than 1024 positions, 1024 are looked at,
+    spread evenly.
     """
     t = torch.linspace(0, T - 1, min(T, 1024)).round().long()[:, None]
-    p = torch.arange(T)
-    means = []
-    for i in range(config.n_layer):
-        of_layer = []
-        for rule in pattern.rules(i):
-            keys = rule.allowed(t, p)
-            if rule.topk:                           # the own block, K - 1 earlier ones, and of what
-                own = t // rule.block * rule.block  # is left of the past the same share as of all
-                past = (keys & (p < own)).sum(1, keepdim=True) * 1.0
-                best = (rule.topk - 1) * rule.block
-                rest = (1 - best / own.clamp(min=1)).clamp(min=0)
-                keys = t - own + 1 + own.clamp(max=best) + rest * past
-            of_layer.append(keys.sum(1).double().mean().item())
-        means.append(sum(of_layer) / len(of_layer))
-    return sum(means) / len(means)
+    keys = rule.allowed(t, torch.arange(T))
+    count = keys.sum(1, keepdim=True).double()
+    if rule.topk:                                   # the own block, K - 1 earlier ones, and of what
+        own = t // rule.block * rule.block          # is left of the past the same share as of all
+        best = (rule.topk - 1) * rule.block
+        rest = (1 - best / own.clamp(min=1)).clamp(min=0)
+        past = (keys & (torch.arange(T) < own)).sum(1, keepdim=True)
+        count = t - own + 1 + own.clamp(max=best) + (rest * past).double()
+    return count.mean().item()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -759,10 +764,10 @@ def check(config):
         config.compile = on_gpu(config)
 
 
-NOT_INHERITED = {"checkpoint", "seed", "dtype", "data_key"}         # by a new run
+NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # by what starts from a checkpoint
 OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what checkpoints do not keep
 MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
-        "checkpointing", *OF_A_CALL}
+              "checkpointing", *OF_A_CALL}
 # What may differ in a resumed run. The data's key must be the same, wherever they lie. Other steps
 # stretch the schedule of the learning rate. The others change the result by rounding at most.
 
@@ -770,6 +775,14 @@ MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "g
 def recorded(config):
     """The flags that a checkpoint keeps."""
     return {name: value for name, value in vars(config).items() if name not in OF_A_CALL}
+
+
+def inherited(meta, config, left_out):
+    """The flags of a checkpoint's run that the script of `config` has too, as its defaults, and the
+    tokenizer.
+    """
+    saved = {**meta.get("train", {}), "tokenizer": meta["tokenizer"]}
+    return {name: saved[name] for name in saved if hasattr(config, name) and name not in left_out}
 
 
 def refuse_changes(path, saved, config, free=()):
@@ -998,16 +1011,15 @@ def settle(parser, argv):
     path = file_of(config.pattern, config.out)
     start = path if config.resume else config.checkpoint
     model, meta = load_checkpoint(start) if start else (None, {})
-    saved = {name: value for name, value in meta.get("train", {}).items() if hasattr(config, name)}
-    if start:
-        saved |= {**asdict(model.config), "tokenizer": meta["tokenizer"]}
+    saved = {}
     if config.resume:
+        saved = inherited(meta, config, set()) | asdict(model.config)
         require("optimizer" in meta, f"{path} is not of train.py, it can't be resumed")
     elif start:
+        saved = inherited(meta, config, {*NOT_INHERITED, "data_key"}) | asdict(model.config)
         require(saved.get("data") or config.data, f"{start} does not say what it was trained on: "
                 "--data is needed")
         own = meta["pattern"]
-        saved = {name: value for name, value in saved.items() if name not in NOT_INHERITED}
         if config.pattern != "D1" or own != "D1":           # ARL belongs to dense training
             saved.pop("arl", None)
         saved["pattern"] = own
