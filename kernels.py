@@ -993,10 +993,11 @@ def keys_of(k, v, end, rule, BN, cache):
     found = []
     for tensors, rows, size in kinds:
         for x in tensors:
-            part = x[:, :, rows] if size else None
-            if size and not part.numel():
-                part = k                               # not read, but a descriptor wants rows
-            found.append(tiles_of(part, BN) if size else None)
+            if not size:
+                found.append(None)
+                continue
+            part = x[:, :, rows]                       # if it is empty it is not read, but a
+            found.append(tiles_of(part if part.numel() else k, BN))    # descriptor wants rows
     return found
 
 
