@@ -25,9 +25,8 @@ learns this in pretraining: each batch makes a sparse update and a dense one (se
   window, sinks     W, S             local_size, initial_size; a query sees itself and W before it
   block, topk       N, K             size and number of the blocks of top-k attention
 
-What is below defines each operation, and it is what runs on a CPU. kernels.py holds a Triton kernel
-for each slow one. Wherever `on_kernels(x)` stands, a kernel takes over on a GPU. Without kernels.py
-everything still works. `python model.py D4W4S2` draws a pattern.
+This file defines each operation, and runs as it is on a CPU. Wherever `on_kernels(x)` stands, a
+Triton kernel of kernels.py takes over on a GPU. `python model.py D4W4S2` draws a pattern.
 """
 import contextlib
 import math
@@ -35,7 +34,6 @@ import os
 import re
 import sys
 import threading
-import warnings
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -63,8 +61,7 @@ def require(condition, message):
         raise ValueError(message)
 
 
-# ---------------------------------------------------------------------------------------------
-# Patterns: who may attend to whom (4)
+# ---- Patterns: who may attend to whom (4) ----------------------------------------------------
 
 def on_grid(p, dilation):
     """Is p the last of its `dilation` positions? Dilation 0 means that there is no grid."""
@@ -73,14 +70,14 @@ def on_grid(p, dilation):
 
 def allowed(t, p, dilation, window, sinks):
     """May a query at position t attend to the key at position p? Equation (4), the definition of
-    every pattern. Top-k blocks add to it: see `best_blocks`.
+    every pattern; `best_blocks` adds to it. t, p: integers or integer tensors that broadcast.
+    Returns bool. ValueError for negative sizes.
 
-    t, p: integers or integer tensors that broadcast. Returns bool. ValueError for negative sizes.
     The grid is absolute: all queries share it. A key that is off the grid and no sink is never
     needed again once it has left the window, and that is why the cache shrinks.
     """
-    require(min(dilation, window, sinks) >= 0, "dilation, window, sinks are at least 0, not "
-            f"{dilation}, {window}, {sinks}")
+    sizes = dilation, window, sinks
+    require(min(sizes) >= 0, f"dilation, window, sinks are {sizes}; none may be negative")
     in_window = t - p <= window
     is_sink = p < sinks
     return (p <= t) & (on_grid(p, dilation) | in_window | is_sink)
@@ -93,8 +90,8 @@ RULE = re.compile(f"(?:D{POSITIVE})?(?:W{SIZE})?(?:S{SIZE})?"
 
 
 class Rule(NamedTuple):
-    """Which positions some heads attend to: the sizes of equation (4) and of top-k blocks. Dilation
-    0: no grid; topk 0: no top-k blocks.
+    """The sizes of equation (4) for some heads, and of top-k blocks. Without a grid dilation is 0,
+    without top-k blocks topk.
     """
     dilation: int = 0
     window: int = 0
@@ -105,11 +102,10 @@ class Rule(NamedTuple):
 
     @staticmethod
     def parse(text):
-        """The Rule that `text` spells, such as D16W256S4; ValueError for anything else."""
         found = RULE.fullmatch(text)
-        require(text and found, f"{text!r} is not made of fields D W S N K in this order, each at "
-                "most once with a number of up to 9 digits; D, N, K at least 1; N and K together, "
-                "and after them perhaps :mean, :minmax or :last")
+        require(text and found, f"{text!r} is not of fields D W S N K in this order, each a number "
+                "of up to 9 digits, D, N, K at least 1, N and K together, with :mean, :minmax or "
+                ":last after them or not")
         *sizes, score = found.groups()
         return Rule(*(int(size or 0) for size in sizes), score or "mean")
 
@@ -124,38 +120,27 @@ class Rule(NamedTuple):
 
     @property
     def ring(self):
-        """How many positions before its own can be near to a query."""
+        """The window, by the name of the buffer that holds it (see the cache)."""
         return self.window
-
-    def near_from(self, t):
-        """The first position that is near to a query at t: all from there to t are allowed."""
-        return t - self.window
 
     def allowed(self, t, p):
         return allowed(t, p, *self.sizes)
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """layers[i][j]: the Rule of head group j in layer i. Layers cycle through the outer tuple; the
     heads of a layer split evenly into its groups.
 
     As text: D16, D16W256S4, W1024S4 (no grid), D1,D64 (layers alternate), D1/D64 (half of the heads
-    each), D64N64K8, N64K16:minmax (top-k blocks scored by minmax; without a score: mean), W0 (a
-    query sees only itself: no attention).
+    each), D64N64K8 (top-k blocks), N64K16:minmax (their score), W0 (only itself: no attention).
     """
     layers: tuple
 
     @staticmethod
     def parse(text):
-        """The Pattern that `text` spells; a Pattern is passed through. ValueError, in one line, for
-        anything else.
-        """
-        if isinstance(text, Pattern):
-            return text
+        """The Pattern that `text`, or a Pattern, spells. ValueError, in one line, for all else."""
+        layers = [layer.split("/") for layer in str(text).split(",")]
         try:
-            require(isinstance(text, str), "it is no text")
-            layers = [layer.split("/") for layer in text.split(",")]
             return Pattern(tuple(tuple(map(Rule.parse, rules)) for rules in layers))
         except ValueError as error:
             raise ValueError(f"pattern {text!r}: {error}. A right one is D16W256S4, W1024S4, "
@@ -172,25 +157,20 @@ class Pattern:
         return self
 
     def rules(self, layer):
-        """The rules of the head groups of a layer."""
         return self.layers[layer % len(self.layers)]
 
     def mask(self, T, layer=0, group=0):
-        """(T, T) bool: True where the query (row) may attend to the key (column). ValueError for
-        top-k blocks.
-        """
+        """(T, T) bool: may query (row) attend to key (column)? ValueError for top-k blocks."""
         rule = self.rules(layer)[group]
-        require(not rule.topk, f"pattern '{self}': top-k blocks follow the data, so they have no "
-                "fixed mask. A right one is D16W256S4")
+        require(not rule.topk, f"pattern '{self}': top-k blocks follow the data and have no mask")
         t = torch.arange(T)
         return rule.allowed(t[:, None], t)
 
 
-# ---------------------------------------------------------------------------------------------
-# The definitions: the recurrence (2), RoPE, attention (3)
+# ---- The definitions: the recurrence (2), RoPE, attention (3) --------------------------------
 
 def exact(dtype):
-    """The dtype of states, and of sums: float32, or float64 for float64."""
+    """The dtype of states and sums: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -213,22 +193,20 @@ def scan(a, u, h):
 def recurrence(k, v, g, state=None):
     """The gated recurrence over keys and values, equation (2). Differentiable in every input.
 
-    k, v, g: (B, T, C), T >= 1, any floating dtype; g is the gate's logit. Keys and values share the
-    decay: v~_p then mixes the values of the tokens whose keys k~_p mixes, with the same weights.
-    state:   k_rec and v_rec of the position before, (2, B, C) or a pair; None means zeros.
-    Returns k_rec, v_rec (B, T, C) in the dtypes of k and v, and the state after the last position,
-    (2, B, C). The arithmetic and the state are float32 (float64 for float64 inputs).
+    k, v, g: (B, T, C), T >= 1, any floating dtype. state: k_rec and v_rec of the position before,
+    (2, B, C) or a pair; None means zeros. Returns k_rec, v_rec (B, T, C) in the dtypes of k and v,
+    and the last state (2, B, C). The arithmetic and the state are float32 (float64 of float64).
     ValueError for shapes or devices that do not match.
+
+    Keys and values share the decay, so v~_p mixes values as k~_p mixes the keys of the same tokens.
     """
+    B, T, C = k.shape
     if state is None:
-        state = k.new_zeros(2, len(k), k.shape[-1], dtype=exact(k.dtype))
-    inputs = k, v, g, *state
-    shapes = [list(z.shape) for z in inputs]
-    require(k.dim() == 3 and k.shape[1] >= 1 and shapes[0] == shapes[1] == shapes[2]
-            and shapes[3:] == [[len(k), k.shape[2]]] * 2, "recurrence: k, v, g are (B, T >= 1, C), "
-            f"the state is 2 x (B, C), not {shapes}")
-    devices = {z.device for z in inputs}
-    require(len(devices) == 1, f"recurrence: inputs on {devices}")
+        state = k.new_zeros(2, B, C, dtype=exact(k.dtype))
+    found = [(*z.shape, z.device) for z in (k, v, g, *state)]
+    wanted = [(B, T, C, k.device)] * 3 + [(B, C, k.device)] * 2
+    require(found == wanted and T >= 1, "recurrence: k, v, g are (B, T >= 1, C), the state is "
+            f"2 x (B, C), all on one device; not {found}")
     state = state if torch.is_tensor(state) else torch.stack(state)
     state = state.to(exact(k.dtype))
     if on_kernels(k):
@@ -250,9 +228,7 @@ def rope_angles(t, Dh):
 
 
 def rotate(x, cos, sin):
-    """RoPE of x (B, H, T, Dh): channel i of the first half turns with channel i of the second. cos,
-    sin: (T, Dh/2) float32.
-    """
+    """RoPE of x (B, H, T, Dh): channel i of the first half turns with channel i of the second."""
     if on_kernels(x):
         return kernels.rotate(x, cos, sin)
     x1, x2 = x.chunk(2, dim=-1)
@@ -262,39 +238,33 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k_rec, v_rec, dilation, window, sinks):
-    """Causal attention of a whole sequence, equation (3), over the positions that equation (4)
-    allows.
+    """Causal attention of a whole sequence: equation (3) over what equation (4) allows.
 
-    q, k_rec, v_rec: (B, H, T, Dh), after RoPE, one dtype unless autocast chooses it. Returns (B, H,
-    T, Dh), differentiable. ValueError for negative sizes, and for shapes, dtypes or devices that do
+    q, k_rec, v_rec: (B, H, T, Dh), after RoPE, one dtype unless autocast chooses it. Returns the
+    same, differentiable. ValueError for negative sizes and for shapes, dtypes or devices that do
     not match.
     """
     q, k_rec, v_rec = (z.to(compute_dtype(z)) for z in (q, k_rec, v_rec))
-    kinds = [(list(z.shape), z.dtype, z.device) for z in (q, k_rec, v_rec)]
-    require(kinds[0] == kinds[1] == kinds[2] and min(dilation, window, sinks) >= 0,
-            f"attention: q, k_rec, v_rec differ: {kinds}, or dilation, window, sinks are negative: "
-            f"{dilation}, {window}, {sinks}")
-    sizes = (min(size, 2**30) for size in (dilation, window, sinks))     # beyond any sequence
+    kinds = [(z.shape, z.dtype, z.device) for z in (q, k_rec, v_rec)]
+    sizes = dilation, window, sinks
+    require(kinds == kinds[:1] * 3 and min(sizes) >= 0, f"attention: q, k_rec, v_rec differ: "
+            f"{kinds}, or one of dilation, window, sinks is negative: {sizes}")
     return attend(q, k_rec, v_rec, Rule(*sizes))
 
 
-def attend(q, k_rec, v_rec, rule, summaries=None):
-    """Equation (3) under a rule, for a whole sequence or for the last T of n positions.
-
-    q: (B, H, T, Dh); k_rec, v_rec: (B, H, n, Dh); summaries: of their whole blocks, by default made
-    here. Returns (B, H, T, Dh), differentiable in q, k_rec, v_rec.
+def attend(q, k_rec, v_rec, rule):
+    """Equation (3) under a rule, for the last T of n positions. q: (B, H, T, Dh); k_rec, v_rec: (B,
+    H, n, Dh). Returns (B, H, T, Dh), differentiable in all three.
     """
     T = q.shape[2]
     n = k_rec.shape[2]
-    dense = rule.dilation == 1 or rule.near_from(n - 1) <= 0
-    if dense and T == n:                               # PyTorch's own
-        return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
-    if dense:
-        return F.scaled_dot_product_attention(q, k_rec, v_rec, causal_lower_right(T, n))
-    if rule.topk and summaries is None:
+    if rule.dilation == 1 or rule.window >= n - 1:       # dense: PyTorch's own
+        mask = None if T == n else causal_lower_right(T, n)
+        return F.scaled_dot_product_attention(q, k_rec, v_rec, mask, is_causal=T == n)
+    if rule.topk:
         summaries = block_summaries(k_rec.detach(), rule.block, rule.score)
-    if on_kernels(q) and rule.topk:
-        return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
+        if on_kernels(q):
+            return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
     if on_kernels(q):
         return kernels.attention(q, k_rec, v_rec, *rule.sizes)
     t = torch.arange(n - T, n, device=q.device)
@@ -306,25 +276,21 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
     return F.scaled_dot_product_attention(q, k_rec, v_rec, mask)
 
 
-# Top-k blocks: the positions that a query attends to follow from the data.
-#
-# The past is cut into blocks of N positions. A query scores each earlier block by a summary of the
-# block's keys. It attends to K blocks in full: its own block up to itself, and the K - 1 earlier
-# blocks with the best scores. In the same softmax it attends to what equation (4) allows elsewhere.
-# With D = N that is the last position of each other block, which stands for its block by the
-# recurrence. The score of block b for q_t, keys after RoPE:
+# Top-k blocks. The past is cut into blocks of N positions. A query scores each earlier block by a
+# summary of its keys. It attends to K blocks in full: its own up to itself, and the K - 1 earlier
+# ones with the best scores. In the same softmax it attends to what equation (4) allows elsewhere:
+# with D = N, to the last position of each other block, which stands for its block by the
+# recurrence. The score of a block for q_t, keys after RoPE:
 #
 #   mean     q_t . mean of its keys                                     as in MoBA
 #   minmax   sum over channels c of max(q_tc max k_pc, q_tc min k_pc)   as in Quest
 #   last     q_t . k~ at its last position                              the dilated key of D = N
 #
-# The same past gives the same choice on every path: the own block always, whatever its score; NaN
-# is the least score; of equal scores the earliest block.
+# The same past gives the same choice on every path: NaN is the least score, and of equal scores the
+# earliest block is taken.
 
 def block_summaries(k_rec, block, score):
-    """What the scores read of the whole blocks of keys k_rec (B, H, n, Dh), in their dtype: (B, H,
-    n // block, Dh), or 2 Dh for minmax.
-    """
+    """What the scores read of the n whole blocks of keys: (B, H, n, Dh), or 2 Dh for minmax."""
     n = k_rec.shape[2] // block
     k = k_rec[:, :, :n * block].unflatten(2, (n, block))
     if score == "mean":
@@ -337,7 +303,7 @@ def block_summaries(k_rec, block, score):
 @torch.no_grad()
 def best_blocks(q, summaries, t, rule):
     """The blocks that queries q (B, H, T, Dh) at positions t (T,) attend to in full: (B, H, T, n +
-    1) bool over the n whole blocks and the one after them. The choice has no gradient.
+    1) bool over the n summaries and the block after them. The choice has no gradient.
     """
     q = q.double()                                     # autocast leaves float64 alone
     if rule.score == "minmax":                         # positive q: largest at max k, else at min k
@@ -353,14 +319,11 @@ def best_blocks(q, summaries, t, rule):
     return best & (b < own) | (b == own)
 
 
-# ---------------------------------------------------------------------------------------------
-# The layer
+# ---- The layer -------------------------------------------------------------------------------
 
 @dataclass
 class RATConfig:
-    """The shape of a model. With recurrence=False it is the attention-only baseline: there is no g,
-    k~ = k and v~ = v. ValueError for a shape that can't be.
-    """
+    """The shape of a model. recurrence=False is attention alone: without g, k~ = k and v~ = v."""
     vocab_size: int = 50304
     n_layer: int = 12
     n_head: int = 12
@@ -392,9 +355,7 @@ PRESETS = {
 
 
 class Mixing(nn.Module):
-    """Temporal mixing, the part of a transformer that RAT+ changes: (1) to (4), and the gate and
-    out_proj of (5).
-    """
+    """Temporal mixing, the part that RAT+ changes: (1) to (4), and the gate and out_proj of (5)."""
 
     def __init__(self, config):
         super().__init__()
@@ -406,17 +367,16 @@ class Mixing(nn.Module):
         self.out_proj = nn.Linear(C, C, bias=False)
 
     def forward(self, x, rope, rules, cache=None):
-        """x (B, T, C) -> (B, T, C): a whole sequence, or with a cache the T tokens that follow it.
-
-        rope: cos and sin of x's positions. rules: of the head groups. cache: this layer's
-        LayerCache, to which x is appended. One token on a GPU goes through a kernel of its own.
+        """x (B, T, C) -> (B, T, C): a whole sequence, or T more tokens, which the LayerCache takes
+        up. rope: cos and sin of their positions. rules: of the head groups.
         """
         o, q, k, v, *g = self.in_proj(self.norm(x)).split(self.widths, dim=-1)       # (1)
         if cache and x.shape[1] == 1 and on_kernels(x):
-            return self.out_proj(kernels.decode(o, q, k, v, g, rope, cache))         # (2) to (5)
+            return self.out_proj(kernels.decode(o, q, k, v, g, rope, cache))    # all of (2) to (5)
         k_rec, v_rec = k, v
         if g:
-            k_rec, v_rec, state = recurrence(k, v, *g, cache.state if cache else None)     # (2)
+            before = cache.state if cache else None
+            k_rec, v_rec, state = recurrence(k, v, *g, before)              # (2)
             if cache:
                 cache.state.copy_(state)
         heads = [z.unflatten(2, (-1, self.head_width)) for z in (q, k_rec, v_rec)]
@@ -432,15 +392,12 @@ class Mixing(nn.Module):
                 y.append(cache.groups[i].attend(*qkv))
             else:
                 y.append(attend(*qkv, rules[i]))
-        y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
-        y = y.transpose(1, 2).flatten(2)                                    # (B, T, C)
+        y = torch.cat([z.transpose(1, 2) for z in y], dim=2).flatten(2)     # (B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                          # (5)
 
 
 class Block(nn.Module):
-    """A layer: temporal mixing, then the MLP (exact GELU, width 4C). Each is added to the residual
-    stream: equation (5).
-    """
+    """A layer: temporal mixing, then the MLP (exact GELU, width 4C), both of equation (5)."""
 
     def __init__(self, config):
         super().__init__()
@@ -458,23 +415,20 @@ class Block(nn.Module):
         return x + self.fc2(wide)
 
 
-# ---------------------------------------------------------------------------------------------
-# The cache: what decoding keeps, and where
+# ---- The cache: what decoding keeps, and where -----------------------------------------------
 #
-# After a prompt and some steps, `length` tokens have gone by: positions 0 to length - 1. The next
-# query is at position t = length. It may attend to the W positions before it, to the grid and to
-# the sinks. That is enough for all later queries too: what leaves the window comes back for none of
-# them, and the grid and the sinks never leave. So each head group has three buffers, side by side
-# in one tensor:
+# After `length` tokens, positions 0 to length - 1, the next query is at position t = length. It may
+# attend to the W positions before it, to the grid and to the sinks. That is enough for all later
+# queries too: what leaves the window comes back for none of them. So each head group has three
+# buffers, side by side in one tensor:
 #
 #   sinks   row p                   the positions before S
 #   ring    row S + p mod W         every position, until it is overwritten: the last W
 #   grid    row S + W + p // D      the positions on the grid
 #
 # A position may be in two of them, and is read once: from the ring while it is in the window, else
-# from the grid if it is on the grid, else from the sinks. So a query at t reads min(W, t) rows of
-# the ring, and if t > W also the first (t - W) // D rows of the grid and of the first min(S, t - W)
-# sinks those that are not on the grid. For example D4W3S2 after 14 tokens, positions 0 to 13:
+# from the grid if it is on the grid, else from the sinks. For example D4W3S2 after 14 tokens,
+# positions 0 to 13:
 #
 #   row          0    1  |  2    3    4  |  5    6    7
 #   position     0    1  | 12   13   11  |  3    7   11        11 is read from row 4 alone
@@ -483,87 +437,70 @@ class Block(nn.Module):
 # grid of D = 1 alone: the rows are the positions. Keys are stored after RoPE.
 
 class GroupCache:
-    """The keys and values of one head group of one layer.
-
-    k, v: (B, heads, rows, Dh); like: the same without rows. rule: what queries attend to; kept:
-    what is held for them. summaries: of the top-k blocks. arrived: counters of the decoding kernel,
-    zeros between its launches.
+    """The keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what
+    queries attend to. kept: what is held for them. summaries: of top-k blocks. arrived: counters of
+    the decoding kernel, zeros between its launches. like: one row of zeros (B, heads, 1, Dh).
     """
 
     def __init__(self, cache, rule, like):
         self.cache = cache
         self.rule = Rule(dilation=1) if rule.dilation == 1 else rule
+        kept = Rule(dilation=1) if rule.topk else self.rule            # D = 1: every position
         n = cache.max_len
-        if rule.dilation == 1 or rule.topk:
-            self.kept = Rule(dilation=1)               # every position
-        else:
-            self.kept = rule._replace(window=min(rule.window, n), sinks=min(rule.sinks, n))
-        rows = self.kept.sinks + self.kept.ring
-        rows += n // self.kept.dilation if self.kept.dilation else 0
-        B, heads, _, Dh = like.shape
-        self.k = like.new_zeros(B, heads, rows, Dh)
-        self.v = like.new_zeros(B, heads, rows, Dh)
+        self.kept = kept._replace(window=min(kept.window, n), sinks=min(kept.sinks, n))
+        dilation, window, sinks = self.kept.sizes
+        rows = sinks + window + (n // dilation if dilation else 0)
+        self.k = like.repeat(1, 1, rows, 1)
+        self.v = like.repeat(1, 1, rows, 1)
         self.tensors = [self.k, self.v]                # all that it allocated for positions
-        self.arrived = like.new_zeros(B * heads, dtype=torch.int32)
+        self.arrived = like[:, :, 0, 0].flatten().int()
         if self.rule.topk:
             self.summaries = block_summaries(self.k, rule.block, rule.score).clone()   # no view
             self.tensors.append(self.summaries)
 
     def rows(self, p, t):
-        """The rows from which a query at t reads positions p, int64 tensors. kernels.key_at is the
-        same for one token.
-        """
-        dilation, _, sinks = self.kept.sizes
-        ring = self.kept.ring
-        grid_row = sinks + ring + p // max(dilation, 1)
-        ring_row = sinks + p % max(ring, 1)
-        is_near = p >= self.kept.near_from(t)
-        return torch.where(is_near, ring_row, torch.where(on_grid(p, dilation), grid_row, p))
+        """The rows from which a query at t reads positions p (int64), as in kernels.key_at."""
+        dilation, window, sinks = self.kept.sizes
+        grid = sinks + window + p // max(dilation, 1)
+        lasting = torch.where(on_grid(p, dilation), grid, p)
+        return torch.where(p >= t - window, sinks + p % max(window, 1), lasting)
 
     def store(self, k, v, start):
         """Keep what later queries may need of k, v (B, heads, T, Dh), positions from `start` on."""
-        dilation, _, sinks = self.kept.sizes
-        ring = self.kept.ring
+        dilation, window, sinks = self.kept.sizes
         end = start + k.shape[2]
-        last = torch.arange(max(start, end - ring), end, device=k.device)
+        last = torch.arange(max(start, end - window), end, device=k.device)
         for mine, new in (self.k, k), (self.v, v):
-            if start < sinks:
-                mine[:, :, start:min(end, sinks)] = new[:, :, :sinks - start]
-            if ring:
-                mine.index_copy_(2, sinks + last % ring, new[:, :, -len(last):])
+            mine[:, :, start:min(end, sinks)] = new[:, :, :max(sinks - start, 0)]
+            if window:
+                mine.index_copy_(2, sinks + last % window, new[:, :, -len(last):])
             if dilation:
-                grid = mine[:, :, sinks + ring:]
+                grid = mine[:, :, sinks + window:]
                 on_it = new[:, :, -(start + 1) % dilation::dilation]
                 grid[:, :, start // dilation:end // dilation] = on_it
 
     def attend(self, q, k, v):
-        """Attention of the next T positions over themselves and what is held. They are stored too,
-        but the ring is read before: position t takes the row of t - W, which t still attends to.
-
-        q, k, v: (B, heads, T, Dh), after RoPE. Returns (B, heads, T, Dh).
+        """Attention of q, k, v (B, heads, T, Dh), the next T positions, over themselves and what is
+        held: (B, heads, T, Dh). They are stored too, but the ring is read before: position t takes
+        the row of t - W, which t still attends to.
         """
         start = self.cache.length
         end = start + q.shape[2]
         if self.kept.dilation == 1:                    # the rows are the positions
             self.store(k, v, start)
             k = self.k[:, :, :end]
-            v = self.v[:, :, :end]
-            if not self.rule.topk:
-                return attend(q, k, v, self.rule)
-            summaries = self.summaries[:, :, :end // self.rule.block]
-            summaries.copy_(block_summaries(k, self.rule.block, self.rule.score))
-            return attend(q, k, v, self.rule, summaries)
+            if self.rule.topk:
+                blocks = block_summaries(k, self.rule.block, self.rule.score)
+                self.summaries[:, :, :blocks.shape[2]] = blocks
+            return attend(q, k, self.v[:, :, :end], self.rule)
         p = torch.arange(start, device=q.device)
         if on_kernels(q):
-            p = p[max(self.kept.near_from(start), 0):]     # kernels read sinks and grid in place
+            p = p[max(start - self.kept.window, 0):]   # kernels read sinks and grid in place
         else:
             p = p[self.kept.allowed(start, p)]
-        if len(p):
-            rows = self.rows(p, start)
-            near_k = torch.cat((self.k[:, :, rows], k), dim=2)
-            near_v = torch.cat((self.v[:, :, rows], v), dim=2)
-        else:
-            near_k, near_v = k, v
+        rows = self.rows(p, start)
+        near_k = torch.cat((self.k[:, :, rows], k), dim=2)
+        near_v = torch.cat((self.v[:, :, rows], v), dim=2)
         self.store(k, v, start)
         if on_kernels(q):
             return kernels.attention_chunk(q, near_k, near_v, self, start)
@@ -574,7 +511,7 @@ class GroupCache:
 
 class LayerCache(NamedTuple):
     """One layer's part of a Cache. state: (2, B, C) float32 (float64 in a float64 model), k~ before
-    RoPE and v~ of the last position; (2, B, 0) without recurrence. seen: the Cache's own.
+    RoPE and v~ of the last position; without recurrence C is 0. seen: the Cache's own.
     """
     state: torch.Tensor
     groups: list
@@ -583,9 +520,8 @@ class LayerCache(NamedTuple):
 
 class Cache:
     """What decoding keeps of `batch` sequences of up to max_len tokens. RATPlus.new_cache makes it.
-
-    length: how many tokens it has seen. seen: the same number on the device, (1,) int64, where
-    kernels read it. dtype: of keys, values and matrix products.
+    length: how many tokens it has seen. seen: the same on the device, (1,) int64, where kernels
+    read it. dtype: of keys, values and matrix products. whole: see `appending`.
     """
 
     def __init__(self, config, batch, max_len, pattern, dtype, weight):
@@ -597,26 +533,27 @@ class Cache:
         self.length = 0
         self.seen = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.layers = []
+        C = config.n_embd if config.recurrence else 0
         for i in range(config.n_layer):
             rules = pattern.rules(i)
             heads = config.n_head // len(rules)
-            like = weight.new_empty(batch, heads, 0, config.head_width, dtype=dtype)
+            like = weight.new_zeros(batch, heads, 1, config.head_width, dtype=dtype)
             groups = [GroupCache(self, rule, like) for rule in rules]
-            C = config.n_embd if config.recurrence else 0
             state = weight.new_zeros(2, batch, C, dtype=exact(dtype))
             self.layers.append(LayerCache(state, groups, self.seen))
 
-    def check(self, T):
-        """ValueError if T more tokens can't be appended."""
+    def check(self, shape):
+        """ValueError if tokens of this shape (B, T) can't be appended."""
         require(self.whole, "the cache is incomplete: appending to it failed halfway")
-        require(self.length + T <= self.max_len, f"the cache is too short: {self.length} tokens "
-                f"seen + {T} new > max_len {self.max_len}")
+        fits = len(shape) == 2 and shape[0] == self.batch
+        require(fits and 1 <= shape[1] <= self.max_len - self.length, f"tokens {tuple(shape)} do "
+                f"not fit the cache: batch {self.batch}, {self.length} of max_len {self.max_len}")
 
     @contextlib.contextmanager
     def appending(self, T, weight):
-        """Around what appends T tokens by a model of this weight: it computes in the dtype of the
-        cache, whatever autocast says. The cache counts as broken until that has succeeded; then its
-        length advances, here and on the device. No other place changes it.
+        """Around what appends T tokens by a model of this weight. It computes in the dtype of the
+        cache, whatever autocast says. The cache is not whole until that has succeeded; then its
+        length advances, here and on the device.
         """
         self.whole = False
         cast = self.dtype != weight.dtype
@@ -629,10 +566,10 @@ class Cache:
     @property
     def nbytes(self):
         """Bytes of all keys, values, summaries and states, as allocated."""
-        total = sum(layer.state.nbytes for layer in self.layers)
+        tensors = [layer.state for layer in self.layers]
         for layer in self.layers:
-            total += sum(z.nbytes for group in layer.groups for z in group.tensors)
-        return total
+            tensors += [z for group in layer.groups for z in group.tensors]
+        return sum(z.nbytes for z in tensors)
 
     @property
     def slots(self):
@@ -644,15 +581,11 @@ class Cache:
         return counts
 
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# ---- The model -------------------------------------------------------------------------------
 
 class RATPlus(nn.Module):
     """The language model. Its weights know no pattern: every call names one, as text or Pattern.
-    The default is D1, dense.
-
-    checkpointing: set it to True to hold only the inputs of blocks in training and compute the rest
-    again in backward.
+    checkpointing: True holds only the inputs of blocks in training, and computes the rest again.
     """
 
     def __init__(self, config):
@@ -671,21 +604,18 @@ class RATPlus(nn.Module):
         for block in self.blocks:
             block.compile(**options)
 
-    def hidden(self, idx, pattern, cache=None):
-        """(B, T) int -> (B, T, C): all but the last norm and the head. pattern: a Pattern. cache: a
-        Cache, to which idx is appended.
-        """
-        shape = tuple(idx.shape)
-        require(len(shape) == 2 and shape[1] >= 1, f"tokens are (B, T >= 1), not {shape}")
-        t = torch.arange(shape[1], device=idx.device)
+    def hidden(self, idx, pattern=None, cache=None):
+        """(B, T) int -> (B, T, C): all but the last norm and the head. The cache takes idx up."""
+        require(idx.dim() == 2 and idx.shape[1] >= 1, f"tokens are (B, T >= 1), not {idx.shape}")
+        pattern = cache.pattern if cache else Pattern.parse(pattern).check(self.config)
+        t = torch.arange(idx.shape[1], device=idx.device)
         rope = rope_angles(t + cache.seen if cache else t, self.config.head_width)
         x = self.embed(idx)
         for i, block in enumerate(self.blocks):
             rules = pattern.rules(i)
             if cache:
-                step = shape[1] == 1 and on_kernels(x)
-                run = block if step else block._call_impl      # not compiled, for any length
-                x = run(x, rope, rules, cache.layers[i])
+                step = len(t) == 1 and on_kernels(x)       # else not compiled, for any length
+                x = (block if step else block._call_impl)(x, rope, rules, cache.layers[i])
             elif self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, rules, use_reentrant=False)
             else:
@@ -697,20 +627,15 @@ class RATPlus(nn.Module):
         return F.linear(self.norm(x), self.embed.weight)
 
     def forward(self, idx, pattern="D1"):
-        """Logits (B, T, V) of idx (B, T), all positions in parallel. ValueError for a pattern that
-        does not fit.
-        """
-        pattern = Pattern.parse(pattern).check(self.config)
+        """Logits (B, T, V) of idx (B, T). ValueError for a pattern that does not fit."""
         return self.head(self.hidden(idx, pattern))
 
     def loss(self, idx, targets, pattern="D1"):
         """Mean cross-entropy in nats over the targets (B, T) that are not -100 (or -1, as in
         nanoGPT), a float32 scalar; 0 if none counts. ValueError for targets of another shape.
         """
-        require(targets.shape == idx.shape and targets.device == idx.device, "loss: targets "
-                f"{list(targets.shape)} on {targets.device} for tokens {list(idx.shape)} on "
-                f"{idx.device}")
-        pattern = Pattern.parse(pattern).check(self.config)
+        tokens, aims = [(z.shape, z.device) for z in (idx, targets)]
+        require(tokens == aims, f"loss: tokens are {tokens}, targets {aims}")
         x = self.norm(self.hidden(idx, pattern)).flatten(0, 1)
         y = targets.flatten().long()
         y = y.masked_fill(y == -1, -100)
@@ -730,19 +655,14 @@ class RATPlus(nn.Module):
 
     @torch.no_grad()
     def prefill(self, idx, cache, chunk=8192):
-        """Append idx (B, T) to the cache; returns logits (B, V) of the last position. Call it again
-        to append more.
-
-        Long prompts go in chunks, so that only one chunk's activations exist at a time. ValueError,
-        with the cache unchanged, if idx does not fit the cache.
+        """Append idx (B, T) to the cache; returns logits (B, V) of the last position. Only one
+        chunk's activations exist at a time. ValueError, with the cache unchanged, if idx does not
+        fit it.
         """
-        shape = tuple(idx.shape)
-        require(len(shape) == 2 and shape[0] == cache.batch and shape[1] >= 1,
-                f"prefill: tokens {shape}, the cache wants ({cache.batch}, T >= 1)")
-        cache.check(shape[1])
+        cache.check(idx.shape)
         for piece in idx.split(chunk, dim=1):
             with cache.appending(piece.shape[1], self.embed.weight):
-                logits = self.head(self.hidden(piece, cache.pattern, cache)[:, -1])
+                logits = self.head(self.hidden(piece, cache=cache)[:, -1])
         return logits
 
     def step(self, token, cache):
@@ -755,18 +675,16 @@ class RATPlus(nn.Module):
         the next is asked for. A sequence that yielded `stop` yields it ever after; the stream ends
         soon after all did. ValueError if the logits become NaN or the cache is full.
 
-        With kernels on a GPU, prefill and the first step run eagerly, which compiles the kernels.
-        Then a step and its sampling are captured as a CUDA graph: a list of kernels with fixed
-        arguments. Capturing runs nothing. The second step and all later ones replay the graph. The
-        kernels read the position from `cache.seen`, which `cache.appending` advances outside it.
+        With kernels on a GPU the first step runs eagerly, which compiles them. Later steps replay a
+        CUDA graph of a step and its sampling, which reads its position from `cache.seen`.
         """
         weight = self.embed.weight
-        seed = torch.randint(2**62, ()).item()         # torch.manual_seed fixes it
-        generator = torch.Generator(idx.device).manual_seed(seed)
+        generator = torch.Generator(idx.device)
+        generator.manual_seed(torch.randint(2**62, ()).item())         # torch.manual_seed fixes it
 
         def advance():
             """Append `token` and replace it by the next one. Where it is -1 (NaN) it stays so."""
-            x = self.hidden(token[:, None].clamp(min=0), cache.pattern, cache)[:, -1]
+            x = self.hidden(token[:, None].clamp(min=0), cache=cache)[:, -1]
             new = choose(self.head(x), temperature, top_k, top_p, generator)
             new = new.masked_fill(token < 0, -1)
             token.copy_(new if stop is None else new.masked_fill(token == stop, stop))
@@ -774,22 +692,20 @@ class RATPlus(nn.Module):
         token = choose(self.prefill(idx, cache), temperature, top_k, top_p, generator)
         for i in range(n_new):
             if i > 0:
-                cache.check(1)
+                cache.check((len(token), 1))
                 with cache.appending(1, weight):
                     if i == 2 and weight.is_cuda and on_kernels(weight):
                         advance = capture(advance, generator)
                     advance()
             look = i == n_new - 1 or i % 16 == 15      # rarely: the host waits for the GPU
-            require(not look or (token >= 0).all(), NO_TOKEN)
+            require(not look or (token >= 0).all(), "the model's logits are NaN: no next token")
             yield token.clone()
             if look and stop is not None and (token == stop).all():
                 return
 
     def generate(self, idx, n_new, pattern="D1", temperature=1.0, top_k=None, top_p=None,
                  stop=None):
-        """idx (B, T) and n_new tokens after it: (B, T + n_new). Sequences that reach `stop` are
-        filled up with it.
-        """
+        """idx (B, T) and n_new tokens after it. Behind its first `stop` a sequence has no other."""
         cache = self.new_cache(len(idx), idx.shape[1] + n_new, pattern)
         new = list(self.stream(idx, n_new, cache, temperature, top_k, top_p, stop))
         new += new[-1:] * (n_new - len(new))
@@ -801,10 +717,9 @@ STREAMS = threading.local()
 
 
 def capture(step, generator):
-    """The CUDA graph of step(), as a function that replays it. Capturing runs nothing.
-
-    Other threads may use the GPU meanwhile. Each thread captures on a stream of its own, since
-    graphs of one stream share memory for matrix products, and two threads may replay at once.
+    """The CUDA graph of step(), a list of kernels with fixed arguments, as a function that replays
+    it. Capturing runs nothing. Each thread captures on a stream of its own: graphs of one stream
+    share memory for matrix products, and two threads may replay at once.
     """
     device = generator.device
     streams = vars(STREAMS)
@@ -818,50 +733,38 @@ def capture(step, generator):
     return graph.replay
 
 
-# ---------------------------------------------------------------------------------------------
-# Sampling
-
-NO_TOKEN = "the model's logits are NaN: there is no next token"
-
+# ---- Sampling --------------------------------------------------------------------------------
 
 def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw a token (B,) from logits (B, V), in float32. Nothing here makes the host wait for a GPU.
-
-    temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p: draw among
-    the fewest of these whose probabilities reach p. A logit of +inf is the likeliest. Where a row
-    holds NaN there is no token: -1 on a GPU, a ValueError on a CPU. ValueError for impossible
-    arguments.
+    """Draw a token (B,) from logits (B, V), in float32, without waiting for a GPU; -1 where a row
+    holds NaN. temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p:
+    draw among the fewest of these whose probabilities reach p. ValueError for impossible arguments.
     """
     right = top_k is None or top_k >= 1
     right = right and (top_p is None or 0 < top_p <= 1)
     require(right and temperature >= 0, "sampling wants temperature >= 0, top_k >= 1, "
             f"0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
+    logits = logits.float().clamp(-3e38, 3e38)         # no inf - inf below
     best, likeliest = logits.max(-1, keepdim=True)
     lost = best[:, 0].isnan()
-    require(logits.is_cuda or not lost.any(), NO_TOKEN)
     if temperature == 0:
         return likeliest[:, 0].masked_fill(lost, -1)
-    below = (logits - best).masked_fill(logits == best, 0).float()    # +inf - inf is NaN
-    probs = (below / max(temperature, 1e-30)).softmax(-1)
-    V = probs.shape[-1]
+    logits = (logits - best) / max(temperature, 1e-30)
     if top_k is not None or top_p is not None:
-        probs, tokens = probs.topk(min(top_k or V, V))                 # the likeliest first
-    if top_p is not None:
-        mass = (probs.double() * 2**52).long()         # integers: the sum repeats on a GPU
+        V = logits.shape[-1]
+        kept, tokens = logits.topk(min(top_k or V, V))                 # the likeliest first
+        mass = (kept.softmax(-1).double() * 2**52).long()      # integers: the sum repeats on a GPU
         likelier = mass.cumsum(-1) - mass              # the mass of all likelier tokens
-        enough = mass.sum(-1, keepdim=True).double() * top_p
-        probs = probs.masked_fill(likelier >= enough, 0)
+        enough = int((top_p or 1) * 2**52)
+        kept = kept.masked_fill(likelier >= enough, -math.inf)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, kept)
+    probs = logits.softmax(-1)
     # With e_i drawn from an exponential, the largest p_i / e_i lies at i with probability p_i.
-    # Unlike multinomial this never makes the host wait.
     e = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-10)
-    token = (probs / e).argmax(-1)
-    if top_k is not None or top_p is not None:
-        token = tokens.gather(1, token[:, None])[:, 0]
-    return token.masked_fill(lost, -1)
+    return (probs / e).argmax(-1).masked_fill(lost, -1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints -----------------------------------------------------------------------------
 
 def save_checkpoint(path, model, **meta):
     """Write the weights, the config and `meta` (plain values and tensors) so that `path` is always
@@ -886,25 +789,21 @@ def save_checkpoint(path, model, **meta):
 
 def load_checkpoint(path, device="cpu"):
     """(model, meta) from our file or the authors' .pth. Nothing in the file is executed. The
-    weights are float32.
-
-    meta: what save_checkpoint was given; tokenizer "ids" and pattern "D1" where it says nothing
-    else. OSError if there is no file, ValueError if it is not a whole checkpoint.
+    weights are float32. meta: what save_checkpoint got; by default tokenizer "ids", pattern "D1".
+    OSError if there is no file, ValueError if it is not a whole checkpoint.
     """
     easydict = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])
-    try:
-        with open(path, "rb") as f, easydict, warnings.catch_warnings(action="ignore"):
+    with open(path, "rb") as f, easydict:
+        try:
             data = torch.load(f, map_location="cpu", weights_only=True)
-        data = data if "model" in data else from_authors(data)
-        with torch.device("meta"):                     # spends no memory and no random numbers
-            model = RATPlus(RATConfig(**data.pop("config")))
-        model.load_state_dict(data.pop("model"), assign=True)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as error:                         # torn or foreign: torch raises all kinds
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        told = f"{path}: not a whole checkpoint, ours or the authors' ({reason})"
-        raise ValueError(told) from error
+            data = data if "model" in data else from_authors(data)
+            with torch.device("meta"):                 # spends no memory and no random numbers
+                model = RATPlus(RATConfig(**data.pop("config")))
+            model.load_state_dict(data.pop("model"), assign=True)
+        except Exception as error:                     # torn or foreign: torch raises all kinds
+            reason = " ".join(str(error).split())[:150]
+            raise ValueError(f"{path}: not a whole checkpoint, ours or the authors' "
+                             f"({type(error).__name__}: {reason})") from error
     return model.float().to(device).eval(), {"tokenizer": "ids", "pattern": "D1", **data}
 
 
@@ -921,9 +820,7 @@ AUTHORS_NAMES = {
 
 
 def from_authors(data):
-    """The authors' checkpoint, or its weights alone, as ours. Older files hold the rows of g apart,
-    as fgate_proj.
-    """
+    """The authors' checkpoint, or its weights alone, as ours. Old ones keep g in fgate_proj."""
     weights = {}
     for name, tensor in data.get("task", data).items():
         for theirs, ours in AUTHORS_NAMES.items():
@@ -940,27 +837,26 @@ def from_authors(data):
     head_width = 128                                   # of all released models
     if "config" in data:
         head_width = data["config"]["model"]["backbone"]["seq_cell"]["d_head"]
-    shape = dict(vocab_size=V, n_layer=len(layers), n_head=C // head_width, n_embd=C)
-    shape["recurrence"] = len(weights[layers[0]]) == 5 * C
+    recurrence = len(weights[layers[0]]) == 5 * C
+    shape = asdict(RATConfig(V, len(layers), C // head_width, C, recurrence))
     return {"config": shape, "model": weights, "step": data.get("step")}
 
 
-# ---------------------------------------------------------------------------------------------
-# A pattern as a drawing
+# ---- A pattern as a drawing ------------------------------------------------------------------
 
 def draw(pattern, T):
-    """Print the masks of a Pattern: D on the grid, else S a sink, else W in the window, . not
-    attended. ValueError for top-k blocks.
-    """
+    """Print a Pattern's masks: D on the grid, else S a sink, else W in the window, else a dot."""
     for i, rules in enumerate(pattern.layers):
         for j, rule in enumerate(rules):
-            mask = pattern.mask(T, i, j)
             print(f"{rule}: layer {i} of every {len(pattern.layers)}, group {j} of {len(rules)}")
-            letters = ["D" if on_grid(p, rule.dilation) else "W" for p in range(T)]
-            letters[:rule.sinks] = [letter.replace("W", "S") for letter in letters[:rule.sinks]]
+            mask = pattern.mask(T, i, j)
             for t in range(T):
-                print(f"{t:4}", *(letters[p] if mask[t, p] else "." for p in range(t + 1)))
-            print(f"     {mask.sum() / T:.1f} keys per query, dense {(T + 1) / 2:.1f}\n")
+                row = []
+                for p in range(t + 1):
+                    letter = "S" if p < rule.sinks else "W"
+                    letter = "D" if on_grid(p, rule.dilation) else letter
+                    row.append(letter if mask[t, p] else ".")
+                print(f"{t:4}", *row)
 
 
 if __name__ == "__main__":
