@@ -90,9 +90,7 @@ RULE = re.compile(f"(?:D{POSITIVE})?(?:W{SIZE})?(?:S{SIZE})?"
 
 
 class Rule(NamedTuple):
-    """The sizes of equation (4) for some heads, and of top-k blocks. Without a grid dilation is 0,
-    without top-k blocks topk.
-    """
+    """Which positions some heads attend to: (4) and top-k blocks. A size of 0: none of its kind."""
     dilation: int = 0
     window: int = 0
     sinks: int = 0
@@ -103,9 +101,8 @@ class Rule(NamedTuple):
     @staticmethod
     def parse(text):
         found = RULE.fullmatch(text)
-        require(text and found, f"{text!r} is not of fields D W S N K in this order, each a number "
-                "of up to 9 digits, D, N, K at least 1, N and K together, with :mean, :minmax or "
-                ":last after them or not")
+        require(text and found, f"{text!r} is not of D W S N K in this order, each with up to 9 "
+                "digits; D, N, K >= 1, N and K together, and then perhaps :mean, :minmax or :last")
         *sizes, score = found.groups()
         return Rule(*(int(size or 0) for size in sizes), score or "mean")
 
@@ -238,11 +235,9 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k_rec, v_rec, dilation, window, sinks):
-    """Causal attention of a whole sequence: equation (3) over what equation (4) allows.
-
-    q, k_rec, v_rec: (B, H, T, Dh), after RoPE, one dtype unless autocast chooses it. Returns the
-    same, differentiable. ValueError for negative sizes and for shapes, dtypes or devices that do
-    not match.
+    """Causal attention of a whole sequence: equation (3) over what equation (4) allows. q, k_rec,
+    v_rec: (B, H, T, Dh), after RoPE, one dtype unless autocast chooses it. Returns the same,
+    differentiable. ValueError for negative sizes, and for shapes, dtypes or devices that differ.
     """
     q, k_rec, v_rec = (z.to(compute_dtype(z)) for z in (q, k_rec, v_rec))
     kinds = [(z.shape, z.dtype, z.device) for z in (q, k_rec, v_rec)]
@@ -263,8 +258,8 @@ def attend(q, k_rec, v_rec, rule):
         return F.scaled_dot_product_attention(q, k_rec, v_rec, mask, is_causal=T == n)
     if rule.topk:
         summaries = block_summaries(k_rec.detach(), rule.block, rule.score)
-        if on_kernels(q):
-            return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
+    if on_kernels(q) and rule.topk:
+        return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
     if on_kernels(q):
         return kernels.attention(q, k_rec, v_rec, *rule.sizes)
     t = torch.arange(n - T, n, device=q.device)
@@ -370,7 +365,8 @@ class Mixing(nn.Module):
         """x (B, T, C) -> (B, T, C): a whole sequence, or T more tokens, which the LayerCache takes
         up. rope: cos and sin of their positions. rules: of the head groups.
         """
-        o, q, k, v, *g = self.in_proj(self.norm(x)).split(self.widths, dim=-1)       # (1)
+        projected = self.in_proj(self.norm(x))                              # (1)
+        o, q, k, v, *g = projected.split(self.widths, dim=-1)
         if cache and x.shape[1] == 1 and on_kernels(x):
             return self.out_proj(kernels.decode(o, q, k, v, g, rope, cache))    # all of (2) to (5)
         k_rec, v_rec = k, v
@@ -392,7 +388,8 @@ class Mixing(nn.Module):
                 y.append(cache.groups[i].attend(*qkv))
             else:
                 y.append(attend(*qkv, rules[i]))
-        y = torch.cat([z.transpose(1, 2) for z in y], dim=2).flatten(2)     # (B, T, C)
+        y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
+        y = y.transpose(1, 2).flatten(2)                                    # (B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                          # (5)
 
 
@@ -444,8 +441,9 @@ class GroupCache:
 
     def __init__(self, cache, rule, like):
         self.cache = cache
-        self.rule = Rule(dilation=1) if rule.dilation == 1 else rule
-        kept = Rule(dilation=1) if rule.topk else self.rule            # D = 1: every position
+        dense = Rule(dilation=1)
+        self.rule = dense if rule.dilation == 1 else rule
+        kept = dense if rule.topk else self.rule       # top-k blocks may want every position
         n = cache.max_len
         self.kept = kept._replace(window=min(kept.window, n), sinks=min(kept.sinks, n))
         dilation, window, sinks = self.kept.sizes
@@ -471,7 +469,8 @@ class GroupCache:
         end = start + k.shape[2]
         last = torch.arange(max(start, end - window), end, device=k.device)
         for mine, new in (self.k, k), (self.v, v):
-            mine[:, :, start:min(end, sinks)] = new[:, :, :max(sinks - start, 0)]
+            if start < sinks:
+                mine[:, :, start:min(end, sinks)] = new[:, :, :sinks - start]
             if window:
                 mine.index_copy_(2, sinks + last % window, new[:, :, -len(last):])
             if dilation:
@@ -489,7 +488,7 @@ class GroupCache:
         if self.kept.dilation == 1:                    # the rows are the positions
             self.store(k, v, start)
             k = self.k[:, :, :end]
-            if self.rule.topk:
+            if self.rule.topk:                         # for later steps
                 blocks = block_summaries(k, self.rule.block, self.rule.score)
                 self.summaries[:, :, :blocks.shape[2]] = blocks
             return attend(q, k, self.v[:, :, :end], self.rule)
@@ -498,9 +497,12 @@ class GroupCache:
             p = p[max(start - self.kept.window, 0):]   # kernels read sinks and grid in place
         else:
             p = p[self.kept.allowed(start, p)]
-        rows = self.rows(p, start)
-        near_k = torch.cat((self.k[:, :, rows], k), dim=2)
-        near_v = torch.cat((self.v[:, :, rows], v), dim=2)
+        near_k = k
+        near_v = v
+        if len(p):
+            rows = self.rows(p, start)
+            near_k = torch.cat((self.k[:, :, rows], k), dim=2)
+            near_v = torch.cat((self.v[:, :, rows], v), dim=2)
         self.store(k, v, start)
         if on_kernels(q):
             return kernels.attention_chunk(q, near_k, near_v, self, start)
@@ -609,13 +611,16 @@ class RATPlus(nn.Module):
         require(idx.dim() == 2 and idx.shape[1] >= 1, f"tokens are (B, T >= 1), not {idx.shape}")
         pattern = cache.pattern if cache else Pattern.parse(pattern).check(self.config)
         t = torch.arange(idx.shape[1], device=idx.device)
-        rope = rope_angles(t + cache.seen if cache else t, self.config.head_width)
+        if cache:
+            t = t + cache.seen
+        rope = rope_angles(t, self.config.head_width)
         x = self.embed(idx)
         for i, block in enumerate(self.blocks):
             rules = pattern.rules(i)
             if cache:
-                step = len(t) == 1 and on_kernels(x)       # else not compiled, for any length
-                x = (block if step else block._call_impl)(x, rope, rules, cache.layers[i])
+                step = len(t) == 1 and on_kernels(x)
+                run = block if step else block._call_impl      # not compiled, for any length
+                x = run(x, rope, rules, cache.layers[i])
             elif self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, rules, use_reentrant=False)
             else:
@@ -655,9 +660,8 @@ class RATPlus(nn.Module):
 
     @torch.no_grad()
     def prefill(self, idx, cache, chunk=8192):
-        """Append idx (B, T) to the cache; returns logits (B, V) of the last position. Only one
-        chunk's activations exist at a time. ValueError, with the cache unchanged, if idx does not
-        fit it.
+        """Append idx (B, T) to the cache, chunk by chunk, which bounds the memory; returns logits
+        (B, V) of the last position. ValueError, with the cache unchanged, if idx does not fit it.
         """
         cache.check(idx.shape)
         for piece in idx.split(chunk, dim=1):
@@ -679,8 +683,8 @@ class RATPlus(nn.Module):
         CUDA graph of a step and its sampling, which reads its position from `cache.seen`.
         """
         weight = self.embed.weight
-        generator = torch.Generator(idx.device)
-        generator.manual_seed(torch.randint(2**62, ()).item())         # torch.manual_seed fixes it
+        seed = torch.randint(2**62, ()).item()         # torch.manual_seed fixes it
+        generator = torch.Generator(idx.device).manual_seed(seed)
 
         def advance():
             """Append `token` and replace it by the next one. Where it is -1 (NaN) it stays so."""
@@ -692,7 +696,7 @@ class RATPlus(nn.Module):
         token = choose(self.prefill(idx, cache), temperature, top_k, top_p, generator)
         for i in range(n_new):
             if i > 0:
-                cache.check((len(token), 1))
+                cache.check((len(idx), 1))
                 with cache.appending(1, weight):
                     if i == 2 and weight.is_cuda and on_kernels(weight):
                         advance = capture(advance, generator)
