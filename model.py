@@ -17,8 +17,7 @@ learns this in pretraining: each batch makes a sparse update and a dense one (se
   x                 (B, T, C)        the residual stream: B batch, T time, C = n_embd channels
   o, g              (B, T, C)        logits of the output gate and of the decay a
   q, k, v           (B, T, C)        queries, and keys and values before the recurrence
-  k_rec, v_rec      (B, T, C)        k~, v~: after the recurrence
-                    (B, H, T, Dh)    the same in attention: H heads of width Dh
+  k_rec, v_rec      (B, T, C)        k~, v~: after it; in attention (B, H, T, Dh): H heads
   state             (2, B, C)        k~ (before RoPE) and v~ of the last position, float32
   t, p              integers         position of a query, position of a key
   dilation          D                0 is no grid, the authors' "-1"
@@ -71,10 +70,7 @@ def on_grid(p, dilation):
 def allowed(t, p, dilation, window, sinks):
     """May a query at position t attend to the key at position p? Equation (4), the definition of
     every pattern; `best_blocks` adds to it. t, p: integers or integer tensors that broadcast.
-    Returns bool. ValueError for negative sizes.
-
-    The grid is absolute: all queries share it. A key that is off the grid and no sink is never
-    needed again once it has left the window, and that is why the cache shrinks.
+    Returns bool. ValueError for negative sizes. The grid is absolute: all queries share it.
     """
     sizes = dilation, window, sinks
     require(min(sizes) >= 0, f"dilation, window, sinks are {sizes}; none may be negative")
@@ -166,11 +162,6 @@ class Pattern(NamedTuple):
 
 # ---- The definitions: the recurrence (2), RoPE, attention (3) --------------------------------
 
-def exact(dtype):
-    """The dtype of states and sums: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def compute_dtype(x):
     """The dtype of matrix products with x: autocast's where it is on, else that of x."""
     kind = x.device.type
@@ -195,22 +186,23 @@ def recurrence(k, v, g, state=None):
     and the last state (2, B, C). The arithmetic and the state are float32 (float64 of float64).
     ValueError for shapes or devices that do not match.
 
-    Keys and values share the decay, so v~_p mixes values as k~_p mixes the keys of the same tokens.
+    Keys and values share the decay: v~_p mixes values as k~_p mixes the keys of the same tokens.
     """
     B, T, C = k.shape
     if state is None:
-        state = k.new_zeros(2, B, C, dtype=exact(k.dtype))
+        state = k.new_zeros(2, B, C)
     found = [(*z.shape, z.device) for z in (k, v, g, *state)]
     wanted = [(B, T, C, k.device)] * 3 + [(B, C, k.device)] * 2
     require(found == wanted and T >= 1, "recurrence: k, v, g are (B, T >= 1, C), the state is "
             f"2 x (B, C), all on one device; not {found}")
-    state = state if torch.is_tensor(state) else torch.stack(state)
-    state = state.to(exact(k.dtype))
+    if not torch.is_tensor(state):
+        state = torch.stack(state)
+    state = state.to(torch.promote_types(k.dtype, torch.float32))
     if on_kernels(k):
         return kernels.recurrence(k, v, g, state)
     # Near a = 1 the difference 1 - a would cancel, and the gradient of torch.sigmoid, a (1 - a),
     # would vanish. Through the logarithm both values and both gradients stay precise.
-    g = g.to(exact(k.dtype))
+    g = g.to(state.dtype)
     a = F.logsigmoid(g).exp()
     rest = F.logsigmoid(-g).exp()                      # 1 - a
     states = scan(a, rest * torch.stack((k, v)), state)
@@ -253,7 +245,7 @@ def attend(q, k_rec, v_rec, rule):
     """
     T = q.shape[2]
     n = k_rec.shape[2]
-    if rule.dilation == 1 or rule.window >= n - 1:       # dense: PyTorch's own
+    if rule.dilation == 1 or rule.window >= n - 1:     # dense: PyTorch's own
         mask = None if T == n else causal_lower_right(T, n)
         return F.scaled_dot_product_attention(q, k_rec, v_rec, mask, is_causal=T == n)
     if rule.topk:
@@ -281,8 +273,7 @@ def attend(q, k_rec, v_rec, rule):
 #   minmax   sum over channels c of max(q_tc max k_pc, q_tc min k_pc)   as in Quest
 #   last     q_t . k~ at its last position                              the dilated key of D = N
 #
-# The same past gives the same choice on every path: NaN is the least score, and of equal scores the
-# earliest block is taken.
+# On every path NaN is the least score, and of equal scores the earliest block is taken.
 
 def block_summaries(k_rec, block, score):
     """What the scores read of the n whole blocks of keys: (B, H, n, Dh), or 2 Dh for minmax."""
@@ -362,8 +353,8 @@ class Mixing(nn.Module):
         self.out_proj = nn.Linear(C, C, bias=False)
 
     def forward(self, x, rope, rules, cache=None):
-        """x (B, T, C) -> (B, T, C): a whole sequence, or T more tokens, which the LayerCache takes
-        up. rope: cos and sin of their positions. rules: of the head groups.
+        """x (B, T, C) -> (B, T, C): a whole sequence, or T more tokens, which are appended to the
+        LayerCache. rope: cos and sin of their positions. rules: of the head groups.
         """
         projected = self.in_proj(self.norm(x))                              # (1)
         o, q, k, v, *g = projected.split(self.widths, dim=-1)
@@ -541,15 +532,16 @@ class Cache:
             heads = config.n_head // len(rules)
             like = weight.new_zeros(batch, heads, 1, config.head_width, dtype=dtype)
             groups = [GroupCache(self, rule, like) for rule in rules]
-            state = weight.new_zeros(2, batch, C, dtype=exact(dtype))
+            state = weight.new_zeros(2, batch, C, dtype=torch.promote_types(dtype, torch.float32))
             self.layers.append(LayerCache(state, groups, self.seen))
 
     def check(self, shape):
         """ValueError if tokens of this shape (B, T) can't be appended."""
         require(self.whole, "the cache is incomplete: appending to it failed halfway")
         fits = len(shape) == 2 and shape[0] == self.batch
-        require(fits and 1 <= shape[1] <= self.max_len - self.length, f"tokens {tuple(shape)} do "
-                f"not fit the cache: batch {self.batch}, {self.length} of max_len {self.max_len}")
+        fits = fits and 1 <= shape[1] <= self.max_len - self.length
+        require(fits, f"the cache is too short, or of another batch: tokens are {tuple(shape)}, it "
+                f"is for batch {self.batch} and has seen {self.length} of max_len {self.max_len}")
 
     @contextlib.contextmanager
     def appending(self, T, weight):
@@ -607,12 +599,14 @@ class RATPlus(nn.Module):
             block.compile(**options)
 
     def hidden(self, idx, pattern=None, cache=None):
-        """(B, T) int -> (B, T, C): all but the last norm and the head. The cache takes idx up."""
+        """idx (B, T) -> (B, T, C): all but the last norm and the head. Appends idx to a cache."""
         require(idx.dim() == 2 and idx.shape[1] >= 1, f"tokens are (B, T >= 1), not {idx.shape}")
-        pattern = cache.pattern if cache else Pattern.parse(pattern).check(self.config)
         t = torch.arange(idx.shape[1], device=idx.device)
         if cache:
+            pattern = cache.pattern
             t = t + cache.seen
+        else:
+            pattern = Pattern.parse(pattern).check(self.config)
         rope = rope_angles(t, self.config.head_width)
         x = self.embed(idx)
         for i, block in enumerate(self.blocks):
@@ -639,8 +633,8 @@ class RATPlus(nn.Module):
         """Mean cross-entropy in nats over the targets (B, T) that are not -100 (or -1, as in
         nanoGPT), a float32 scalar; 0 if none counts. ValueError for targets of another shape.
         """
-        tokens, aims = [(z.shape, z.device) for z in (idx, targets)]
-        require(tokens == aims, f"loss: tokens are {tokens}, targets {aims}")
+        found, wanted = [(z.shape, z.device) for z in (targets, idx)]
+        require(found == wanted, f"loss: targets are {found}, tokens {wanted}")
         x = self.norm(self.hidden(idx, pattern)).flatten(0, 1)
         y = targets.flatten().long()
         y = y.masked_fill(y == -1, -100)
@@ -648,8 +642,8 @@ class RATPlus(nn.Module):
         if on_kernels(x):
             total = kernels.head_loss(x, weight, y, compute_dtype(weight))
         else:
-            logits = F.linear(x, weight)
-            total = F.cross_entropy(logits.to(exact(logits.dtype)), y, reduction="sum")
+            logits = F.linear(x, weight).float()
+            total = F.cross_entropy(logits, y, reduction="sum")
         return total / (y != -100).sum().clamp(min=1)
 
     def new_cache(self, batch, max_len, pattern="D1"):
@@ -677,10 +671,9 @@ class RATPlus(nn.Module):
     def stream(self, idx, n_new, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
         """Prefill idx (B, T), then yield up to n_new tokens (B,), each but the last appended when
         the next is asked for. A sequence that yielded `stop` yields it ever after; the stream ends
-        soon after all did. ValueError if the logits become NaN or the cache is full.
-
-        With kernels on a GPU the first step runs eagerly, which compiles them. Later steps replay a
-        CUDA graph of a step and its sampling, which reads its position from `cache.seen`.
+        soon after all did. ValueError if the logits become NaN or the cache is full. With kernels
+        on a GPU the first step runs eagerly, which compiles them; later steps replay a CUDA graph
+        of a step and its sampling, which reads its position from `cache.seen`.
         """
         weight = self.embed.weight
         seed = torch.randint(2**62, ()).item()         # torch.manual_seed fixes it
@@ -709,7 +702,7 @@ class RATPlus(nn.Module):
 
     def generate(self, idx, n_new, pattern="D1", temperature=1.0, top_k=None, top_p=None,
                  stop=None):
-        """idx (B, T) and n_new tokens after it. Behind its first `stop` a sequence has no other."""
+        """idx (B, T) and n_new tokens after it. After its first `stop` a sequence is all `stop`."""
         cache = self.new_cache(len(idx), idx.shape[1] + n_new, pattern)
         new = list(self.stream(idx, n_new, cache, temperature, top_k, top_p, stop))
         new += new[-1:] * (n_new - len(new))
@@ -749,11 +742,10 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     require(right and temperature >= 0, "sampling wants temperature >= 0, top_k >= 1, "
             f"0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
     logits = logits.float().clamp(-3e38, 3e38)         # no inf - inf below
-    best, likeliest = logits.max(-1, keepdim=True)
-    lost = best[:, 0].isnan()
+    lost = logits.isnan().any(-1)
     if temperature == 0:
-        return likeliest[:, 0].masked_fill(lost, -1)
-    logits = (logits - best) / max(temperature, 1e-30)
+        return logits.argmax(-1).masked_fill(lost, -1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None or top_p is not None:
         V = logits.shape[-1]
         kept, tokens = logits.topk(min(top_k or V, V))                 # the likeliest first
@@ -800,7 +792,8 @@ def load_checkpoint(path, device="cpu"):
     with open(path, "rb") as f, easydict:
         try:
             data = torch.load(f, map_location="cpu", weights_only=True)
-            data = data if "model" in data else from_authors(data)
+            if "model" not in data:
+                data = from_authors(data)
             with torch.device("meta"):                 # spends no memory and no random numbers
                 model = RATPlus(RATConfig(**data.pop("config")))
             model.load_state_dict(data.pop("model"), assign=True)
@@ -842,8 +835,8 @@ def from_authors(data):
     if "config" in data:
         head_width = data["config"]["model"]["backbone"]["seq_cell"]["d_head"]
     recurrence = len(weights[layers[0]]) == 5 * C
-    shape = asdict(RATConfig(V, len(layers), C // head_width, C, recurrence))
-    return {"config": shape, "model": weights, "step": data.get("step")}
+    config = RATConfig(V, len(layers), C // head_width, C, recurrence)
+    return {"config": asdict(config), "model": weights, "step": data.get("step")}
 
 
 # ---- A pattern as a drawing ------------------------------------------------------------------

@@ -15,6 +15,7 @@ from test_model import TOPK, assert_refused, assert_same, random_pattern, tiny
 
 GPU = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not GPU, reason="needs a GPU: CUDA graphs, or compiled kernels")
+WHERE = ["cpu", pytest.param("cuda", marks=gpu)]
 HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter's bfloat16 products are wrong
 
 
@@ -252,7 +253,7 @@ def filled():
 
 def refusals_of_a_cache(model, idx, cache):
     return {
-        "too short": (r"\(1, 5\) .* 20 of max_len 24",
+        "too short": (r"\(1, 5\).* 20 of max_len 24",
                       lambda: model.prefill(idx[:, 20:25], cache)),
         "another batch": ("tokens", lambda: model.prefill(idx[:, 20:22].expand(2, 2), cache)),
         "no tokens": ("tokens", lambda: model.prefill(idx[:, :0], cache)),
@@ -312,10 +313,12 @@ def test_the_dtype_of_a_cache_is_fixed_when_it_is_made(device):
 
 # ---- Generation ------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("pattern", ["D1", "D4W3S2", "W5S1", "D1/D8,D4", "D1/D4N4K2,N8K2:last"])
-def test_greedy_generation_is_the_argmax_of_the_parallel_pass(pattern):
-    model = tiny()
-    idx = torch.randint(50, (3, 7))
+def test_greedy_generation_is_the_argmax_of_the_parallel_pass(pattern, where):
+    """On a GPU in float64, which no kernel takes, so no graph is captured."""
+    model = tiny().to(where, torch.float64 if where == "cuda" else torch.float32)
+    idx = torch.randint(50, (3, 7), device=where)
     out = model.generate(idx, 25, pattern, temperature=0)
     assert out.shape == (3, 32) and out[:, :7].equal(idx)
     with torch.no_grad():
@@ -368,14 +371,17 @@ def test_a_stream_left_midway_leaves_a_cache_to_go_on_with(pattern):
     assert torch.stack(tokens, dim=1).equal(whole[:, 7:])
 
 
-def test_generation_repeats_with_its_seed():
-    model = tiny()
-    idx = torch.randint(50, (2, 5))
+@pytest.mark.parametrize("where", WHERE)
+def test_sampling_draws_anew_and_repeats_with_its_seed(where):
+    """On a GPU in the graph."""
+    model = tiny(n_embd=128, vocab_size=300).to(where)
+    idx = torch.randint(300, (64, 5), device=where)
     out = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        out.append(model.generate(idx, 20, "D4", temperature=1.0, top_k=20, top_p=0.9))
+        out.append(model.generate(idx, 30, "D4", top_k=50, top_p=0.9))
     assert out[0].equal(out[1]) and not out[0].equal(out[2])
+    assert (out[0][:, 10:-1] != out[0][:, 11:]).any(0).all(), "every step draws its own numbers"
 
 
 @pytest.mark.parametrize("pattern", ["D4W3S1", "D1/N4K2"])
@@ -527,28 +533,6 @@ def test_replaying_the_graph_is_stepping(pattern, dtype):
     assert_same("logits", model.step(tokens[-1], replayed), logits, rounding)
     for found, expected in zip(replayed.layers, stepped.layers):
         assert_same("state", found.state, expected.state, rounding)
-
-
-@gpu
-def test_sampling_in_the_graph_draws_anew_and_repeats_with_its_seed():
-    model = on_gpu()
-    idx = torch.randint(300, (64, 5), device="cuda")
-    out = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        out.append(model.generate(idx, 60, "D4", top_k=50, top_p=0.9))
-    assert out[0].equal(out[1]) and not out[0].equal(out[2])
-    assert (out[0][:, 10:-1] != out[0][:, 11:]).any(0).all(), "every replay draws its own numbers"
-
-
-@gpu
-@pytest.mark.parametrize("pattern", ["D1", "D4W3S1", "N4K2"])
-def test_generation_in_float64_is_the_parallel_choice(pattern):
-    """No kernel takes float64, so no graph is captured."""
-    model = tiny().cuda().double()
-    out = model.generate(torch.randint(50, (2, 7), device="cuda"), 8, pattern, temperature=0)
-    with torch.no_grad():
-        assert model(out, pattern)[:, 6:-1].argmax(-1).equal(out[:, 7:])
 
 
 @gpu

@@ -97,18 +97,15 @@ def golden(tmp_path_factory):
     return {"rat": rat, "attn": attn}
 
 
-def our_pattern(spelled):
-    """The pattern of the authors' D16_W4_I2; their D-1 is no grid."""
-    if spelled.startswith("hybrid"):
-        return "D16S2,D4W6S2"
-    return spelled.replace("D-1", "").replace("_", "").replace("I", "S")
-
-
 @pytest.mark.parametrize("name", sorted(n for n in REFERENCE.files if n.startswith("logits/")))
 def test_logits_equal_the_authors(golden, name):
-    spelled = name[len("logits/"):]
-    kind = "attn" if spelled.startswith("attn_") else "rat"
-    pattern = our_pattern(spelled.removeprefix("attn_"))
+    """They spell D16_W4_I2, and D-1 is no grid."""
+    kind = "attn" if "attn_" in name else "rat"
+    pattern = name.removeprefix("logits/").removeprefix("attn_")
+    for theirs, ours in ("D-1", ""), ("_", ""), ("I", "S"):
+        pattern = pattern.replace(theirs, ours)
+    if pattern.startswith("hybrid"):
+        pattern = "D16S2,D4W6S2"
     with torch.no_grad():
         logits = golden[kind](torch.from_numpy(REFERENCE["tokens"]), pattern)
     assert_same(f"{name} as {pattern}", logits, torch.from_numpy(REFERENCE[name]))
