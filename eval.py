@@ -75,14 +75,16 @@ def rows_of(path, model, meta, config):
     folder = os.path.dirname(path)
     name = f"{model.config.name} ({path if config.checkpoint else folder})"
     parents = fingerprint(model), meta.get("parent", "")        # fine-tuning keeps the parent
-    beside = [] if config.checkpoint else glob.glob(os.path.join(glob.escape(folder), "*.pt"))
+    beside = [] if config.checkpoint else glob.glob("*.pt", root_dir=folder)
     adapted = {}
-    for file in sorted({*beside} - {file_of("D1", folder)}):
+    for other in sorted({*beside} - {"dense.pt"}):
+        file = os.path.join(folder, other)
         try:
-            other, about = load_checkpoint(file)
-            right = about.get("parent") in parents and file == file_of(about["pattern"], folder)
-            require(right, f"{file} is no file that adapt.py made from {path}")
-            adapted[about["pattern"]] = other
+            found, about = load_checkpoint(file)
+            pattern = about["pattern"]
+            require(about.get("parent") in parents and file == file_of(pattern, folder),
+                    f"{file} is no file that adapt.py made from {path}")
+            adapted[pattern] = found
         except (ValueError, OSError) as error:
             note(f"left out: {error}")
     rows = []
@@ -115,7 +117,8 @@ def open_rows(flags, argv):
         same += ["eval_windows", "data" if flags.data else "data_key"]
     first = None
     rows = []
-    for path in flags.checkpoint or [file_of("D1", out) for out in flags.compare or [flags.out]]:
+    dense = [file_of("D1", out) for out in flags.compare or [flags.out]]
+    for path in flags.checkpoint or dense:
         config, model, meta = settle(path, argv)
         first = first or config
         for name in same:
@@ -173,8 +176,8 @@ def losses(rows, config):
     print_row(*LABEL, *cells, head=True)
     for cells in table:
         print_row(*cells)
-    for row in rows[:len(dense)]:                               # D1 of each model
-        if config.reach and row.model.config.recurrence:
+    for row in rows[:len(dense)] if config.reach else []:       # D1 of each model
+        if row.model.config.recurrence:
             reach(row, val, config)
 
 
@@ -292,7 +295,8 @@ def mean_of_groups(values, groups):
     values = np.array(values, dtype=float)
     parts = [values[np.array(groups) == name] for name in dict.fromkeys(groups)]
     errors = [part.std() / math.sqrt(max(1, len(part) - 1)) for part in parts]
-    return np.mean([part.mean() for part in parts]), np.linalg.norm(errors) / len(errors)
+    mean = np.mean([part.mean() for part in parts])
+    return mean, np.linalg.norm(errors) / len(errors)
 
 
 def summary(items, scores, dense_hits=None):
@@ -307,7 +311,8 @@ def summary(items, scores, dense_hits=None):
         norm_hit = right and (lls / sizes).argmax() == gold
         found.append((hit, norm_hit, lls[gold], choices[gold][1], group))
     hits, norm_hits, lls, counts, groups = zip(*found)
-    record = {"items": len(items), "ll": np.mean(lls), "nats": -np.sum(lls) / sum(counts)}
+    record = {"items": len(items), "ll": np.mean(lls)}
+    record["nats"] = -np.sum(lls) / sum(counts)
     record["acc"], record["stderr"] = mean_of_groups(hits, groups)
     record["norm"], _ = mean_of_groups(norm_hits, groups)
     if dense_hits:
@@ -330,7 +335,8 @@ def benchmarks(rows, config):
     coder = Tokenizer(config.tokenizer, config.eot)
     tasks = {path: read_items(path, coder, config) for path in config.choices}
     print("\nacc in % ± its standard error / norm, or ppl (delta)\n")
-    print_row(*LABEL, *(os.path.basename(path).split(".jsonl")[0] for path in tasks), head=True)
+    names = [os.path.basename(path).split(".jsonl")[0] for path in tasks]
+    print_row(*LABEL, *names, head=True)
     dense = {}                                                  # hits by model and file
     records = []
     for row in rows:
@@ -384,18 +390,18 @@ def encoder(config):
     Llama's tokenizer. So is each letter of a uuid, as those are capitals.
     """
     coder = Tokenizer(config.tokenizer)
-    require(coder.size and coder.size <= (config.vocab_size or coder.size), "--niah writes text: "
-            "--tokenizer bytes or gpt2 is needed, and a model with that vocabulary")
+    V = config.vocab_size or math.inf
+    require(coder.size and coder.size <= V, "--niah writes text, which needs --tokenizer bytes or "
+            "gpt2 and a model with that vocabulary")
     of_piece = functools.cache(lambda piece: [*map(int, coder.encode(piece))])
     return lambda text: sum(map(of_piece, PIECE.findall(text)), [])
 
 
 def draw(form, rng):
     """A sentence, a key or a value of a form."""
-    a, b = rng.choices(ADJECTIVES, k=2)
-    c, d = rng.choices(NOUNS, k=2)
-    n = rng.getrandbits(128)
-    return form.format(a=a, b=b, c=c, d=d, number=10**6 + n % (9 * 10**6), uuid=f"{n:032X}")
+    words = dict(zip("abcd", rng.choices(ADJECTIVES, k=2) + rng.choices(NOUNS, k=2)))
+    uuid = f"{rng.getrandbits(128):032X}"
+    return form.format(**words, number=rng.randrange(10**6, 10**7), uuid=uuid)
 
 
 def new_sample(number, task, config, encode, most=1):
@@ -438,8 +444,8 @@ def new_sample(number, task, config, encode, most=1):
 
 
 def write_niah(config):
-    """Write train.bin and val.bin with their masks: samples one after another, as train.py reads
-    them. Those for validation have negative numbers, as those of the evaluation have.
+    """Write train.bin and val.bin with their masks, as train.py reads them: samples one after
+    another, for validation those that `retrieval` takes.
     """
     require(not os.path.exists(config.write), f"--write {config.write} exists: name a new folder")
     encode = encoder(config)
@@ -498,8 +504,9 @@ def eval_flags():
     mode("--choices", nargs="+", help="files of items to score: .jsonl, .jsonl.xz or .jsonl.gz")
     mode("--niah", action="store_true", help="retrieval instead of the loss")
     flag("--pattern", nargs="+", type=pattern_flag, help="default: all that were adapted, and W0")
-    flag("--tasks", nargs="+", choices=[*TASKS], default=[*TASKS][:8], help="default: all but one")
-    flag("--samples", type=int, help="of each task, 64; with --write in all, 16384")
+    flag("--tasks", nargs="+", choices=[*TASKS], default=[*TASKS][:8], help="of --niah; default: "
+         "RULER's eight")
+    flag("--samples", type=int, help="of --niah: of each task, 64; with --write in all, 16384")
     flag("--write", help="with --niah: a new folder for fine-tuning data")
     return parser
 
