@@ -189,8 +189,9 @@ def test_any_loss_can_be_printed(capsys, monkeypatch):
                         losses[str(pattern)])
     with np.errstate(over="ignore"):
         on_cpu("--pattern", *losses)
-    rows = table(capsys.readouterr().out).values()
-    assert [" ".join(list(row.values())[6:9]) for row in rows] == [
+    rows = [[*row.values()] for row in table(capsys.readouterr().out).values()]
+    assert rows[1][3:6] == ["8.5", "272 (51.5%)", "4352 (51.5%)"]
+    assert [" ".join(row[6:9]) for row in rows] == [
         "2.000 +0.000 7.39", "0.000 -2.000 1.00", "800.000 +798.000 inf", "inf +inf inf",
         "nan +nan nan"]
 
@@ -483,12 +484,13 @@ def test_retrieval_scores_what_the_model_goes_on_with():
     encode = evaluation.encoder(config)
     samples = [evaluation.new_sample(-1 - i, "multivalue", config, encode) for i in range(30)]
     truth = [re.findall("[0-9]+", text_of(tokens[answer == 1])) for tokens, answer in samples]
-    left = iter(truth)
+    left = zip(samples, truth)
 
     def generate(idx, n_new, pattern, temperature):
-        assert idx.shape[1] + n_new == 400 and temperature == 0
+        assert temperature == 0
         new = torch.zeros(len(idx), n_new, dtype=torch.long)
-        for row, values in zip(new, left):
+        for row, prompt, ((tokens, answer), values) in zip(new, idx, left):
+            assert np.array_equal(prompt, tokens[answer == 0]) and n_new == answer.sum()
             text = f" {values[2]}, {values[0]}.".encode() * (int(values[0]) % 3 == 0)
             row[:len(text)] = torch.tensor(list(text))
         return torch.cat((idx, new), dim=1)
