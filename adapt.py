@@ -4,8 +4,7 @@ Resolution adaptation: a dense checkpoint becomes a sparse one for each pattern.
   theta_P = theta_dense; then for a few steps
   theta_P <- AdamW(theta_P, gradient of loss(batch; theta_P, P))                               (7)
 
-Only the pattern P is trained: no ARL. The learning rate starts at a tenth of pretraining's and
-falls along a cosine. The paper spends 1 % of the pretraining tokens on it.
+Only the pattern P is trained: no ARL. The paper spends 1 % of the pretraining tokens on it.
 
 `python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. A flag
 that is not typed has the value of the pretraining, but for --steps (a hundredth of its steps, at
@@ -31,16 +30,16 @@ def settle(argv):
     parser.add_argument("--pattern", nargs="+", default=["D16", "D64"], type=pattern_flag,
                         help="the patterns, each adapted from the dense checkpoint")
     config = parser.parse_args(argv)
-    dense = config.checkpoint or os.path.join(config.out, "dense.pt")
-    model, meta = load_checkpoint(dense)
-    saved = meta.get("train", {})
-    require(saved or config.data, f"{dense} does not say what it was trained on: --data is needed")
-    left_out = {*NOT_INHERITED, "pattern", "optimizer", "one_update"}
+    path = config.checkpoint or file_of("D1", config.out)
+    model, meta = load_checkpoint(path)
+    saved = inherited(meta, config, {*NOT_INHERITED, "pattern", "optimizer", "one_update"})
+    require("data" in saved or config.data, f"{path} does not say what it was trained on: --data "
+            "is needed")
     lr = min(saved.get("lr", config.lr) / 10, 5e-4)         # Muon's rates are too high for AdamW
-    parser.set_defaults(**{
-        **inherited(meta, config, left_out), "vocab_size": model.config.vocab_size,
-        "steps": max(40, saved.get("steps", 0) // 100), "lr": lr, "warmup": 0.0,
-        "min_lr": min(lr, saved.get("min_lr", config.min_lr))})
+    parser.set_defaults(**saved)
+    parser.set_defaults(steps=max(40, saved.get("steps", 0) // 100), lr=lr, warmup=0.0,
+                        min_lr=min(lr, saved.get("min_lr", config.min_lr)),
+                        vocab_size=model.config.vocab_size)
     config = parser.parse_args(argv)
     check(config)
     config.eval_interval = config.steps                 # validation is at the end only
@@ -51,10 +50,10 @@ def is_done(path, parent, config):
     """Whether --resume keeps the file. ValueError if it is in the way, or was made otherwise."""
     if not os.path.exists(path) or config.overwrite:
         return False
-    require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
-    meta = load_checkpoint(path)[1]
-    require(meta.get("parent") == parent and "adapt" in meta, f"{path} exists, and was not adapted "
-            "from these weights: --overwrite adapts anew")
+    _, meta = load_checkpoint(path)
+    require(config.resume and "adapt" in meta and meta["parent"] == parent, f"{path} exists: "
+            "--resume keeps it, and refuses what was not adapted from these weights; --overwrite "
+            "adapts anew")
     refuse_changes(path, meta["adapt"], config, {*MAY_DIFFER, "pattern"} - {"steps"})
     return True
 
@@ -63,16 +62,15 @@ def main(argv=None):
     config, dense, meta = settle(argv)
     patterns = {name: Pattern.parse(name).check(dense.config) for name in config.pattern}
     parent = fingerprint(dense)
-    paths = {name: file_of(name, config.out) for name in patterns}
     train, val = load_data(config)
-    todo = [name for name in patterns if not is_done(paths[name], parent, config)]
-    dense.to(config.device)
-    header(dense, config)
+    todo = [name for name in patterns if not is_done(file_of(name, config.out), parent, config)]
+    header(dense.to(config.device), config)
     dense_loss = evaluate(dense, val, "D1", config)
     rows = ["| pattern | dense loss | sparse before | sparse after |", "|---|---|---|---|"]
     signals = catch_signals()
     for name in todo:
-        with open_log(paths[name], config) as log:
+        path = file_of(name, config.out)
+        with open_log(path, config) as log:
             report(log, f"{name} | {recorded(config)}", step=0, config=recorded(config))
             model = copy.deepcopy(dense)
             before = evaluate(model, val, name, config)
@@ -82,12 +80,10 @@ def main(argv=None):
             if signals:
                 raise KeyboardInterrupt(f"interrupted in {name}; --resume keeps what is adapted")
             after = evaluate(model, val, name, config)
-            save(paths[name], model, step=config.steps, pattern=name, parent=parent,
-                 val={name: after}, tokenizer=meta["tokenizer"], train=meta.get("train", {}),
-                 adapt=recorded(config))
+            save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},
+                 tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=recorded(config))
             rows.append(f"| {name} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")
-            report(log, f"{rows[-1]} saved {paths[name]}", dense=dense_loss, before=before,
-                   after=after)
+            report(log, f"{rows[-1]} saved {path}", dense=dense_loss, before=before, after=after)
     print("\n" + "\n".join(rows), flush=True)
 
 

@@ -8,8 +8,8 @@ What sparsity costs and saves, a row a pattern. Or benchmarks (--choices), or re
   reach = half-life of the recurrence in tokens, ln 2 / -ln a, on validation text
 
 `python eval.py` runs out/dense.pt dense, switched to other patterns, and what adapt.py left beside
-it. Under W0 there is no attention. `--compare out out/attention` puts runs side by side, and
-`--checkpoint out/D16.pt` runs a file alone. Flags that are not typed are those of the training.
+it. `--compare out out/attention` puts runs side by side, `--checkpoint out/D16.pt` runs a file
+alone. Flags that are not typed are those of the training.
 
 `--choices FILE.jsonl ...` scores items {"query": text, "choices": [texts], "gold": index}, one a
 line, as lm-evaluation-harness does. `query` may be a list, one a choice. Lists of token ids may
@@ -28,7 +28,6 @@ out/dense.pt --data niah --out out/niah`, then `python eval.py --niah --out out/
 import functools
 import glob
 import gzip
-import itertools
 import json
 import lzma
 import math
@@ -48,14 +47,11 @@ from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_
                    keys_per_token, load_data, move, new_parser, note, pattern_flag, run, use_device)
 
 
-def table_row(*cells):
+def print_row(*cells, head=False):
     """A row of a Markdown table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def table_head(*cells):
-    """Its first two rows."""
-    return table_row(*cells) + "\n" + "|---" * len(cells) + "|"
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+    if head:
+        print("|---" * len(cells) + "|", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,33 +67,26 @@ class Row(NamedTuple):
 LABEL = ["pattern", "weights", "model"]         # the columns of row[:3]
 
 
-def adapted_beside(dense, model, meta):
-    """{pattern: model} of the files beside `dense`, which holds `model`, that were adapted from it.
-    What is left out is said.
-    """
-    folder = os.path.dirname(dense)
-    parents = fingerprint(model), meta.get("parent", "")        # fine-tuning keeps the parent
-    found = {}
-    paths = glob.glob(os.path.join(glob.escape(folder), "*.pt"))
-    for path in sorted({*paths} - {file_of("D1", folder)}):
-        try:
-            other, about = load_checkpoint(path)
-            require(about.get("parent") in parents, f"{path} was not adapted from {dense}")
-            own = file_of(about["pattern"], folder)
-            require(path == own, f"{path} is not {own}, the file of {about['pattern']}")
-            found[about["pattern"]] = other
-        except (ValueError, OSError) as error:
-            note(f"left out: {error}")
-    return found
-
-
 def rows_of(path, model, meta, config):
-    """The Rows of a checkpoint: D1, its own pattern, and --pattern; by default all that were
-    adapted, and W0.
+    """The Rows of a checkpoint: D1, its own pattern, and --pattern; by default W0 and all that
+    adapt.py made from it. Other files beside it are left out, and that is said.
     """
     own = meta["pattern"]
-    adapted = {} if config.checkpoint else adapted_beside(path, model, meta)
-    name = f"{model.config.name} ({path if config.checkpoint else os.path.dirname(path)})"
+    folder = os.path.dirname(path)
+    name = f"{model.config.name} ({path if config.checkpoint else folder})"
+    parents = fingerprint(model), meta.get("parent", "")        # fine-tuning keeps the parent
+    beside = [] if config.checkpoint else glob.glob("*.pt", root_dir=folder)
+    adapted = {}
+    for other in sorted({*beside} - {"dense.pt"}):
+        file = os.path.join(folder, other)
+        try:
+            found, about = load_checkpoint(file)
+            pattern = about["pattern"]
+            require(about.get("parent") in parents and file == file_of(pattern, folder),
+                    f"{file} is no file that adapt.py made from {path}")
+            adapted[pattern] = found
+        except (ValueError, OSError) as error:
+            note(f"left out: {error}")
     rows = []
     for text in dict.fromkeys(["D1", own, *(config.pattern or [*adapted, "W0"])]):
         pattern = Pattern.parse(text).check(model.config)
@@ -112,47 +101,39 @@ def settle(path, argv):
     """(config, model, meta) of a checkpoint, whose flags are defaults; of none if path is None."""
     parser = eval_flags()
     model, meta = load_checkpoint(path) if path else (None, {"tokenizer": "bytes"})
-    saved = inherited(meta, parser.parse_args(argv), {*NOT_INHERITED, "pattern"})
-    parser.set_defaults(**{**saved, "vocab_size": model and model.config.vocab_size})
+    saved = inherited(meta, parser.parse_args(argv), {*NOT_INHERITED, "pattern", "vocab_size"})
+    parser.set_defaults(**saved, vocab_size=model and model.config.vocab_size)
     config = parser.parse_args(argv)
-    config.samples = config.samples or (16384 if config.write else 64)
-    require(min(config.context, config.eval_windows, config.eval_batch, config.samples) >= 1,
-            "--context, --eval-windows, --eval-batch and --samples are at least 1")
+    require(min(config.context, config.eval_windows, config.eval_batch) >= 1, "--context, "
+            "--eval-windows and --eval-batch are at least 1")
     use_device(config)
     return config, model, meta
 
 
-def open_rows(argv):
+def open_rows(flags, argv):
     """(config, rows). ValueError if the runs can't be compared."""
-    flags = eval_flags().parse_args(argv)
-    validates = not (flags.choices or flags.niah)
     same = ["tokenizer", "vocab_size", "context"]
-    same += ["eval_windows", "data" if flags.data else "data_key"] * validates
-    found = []
+    if not (flags.choices or flags.niah):
+        same += ["eval_windows", "data" if flags.data else "data_key"]
+    first = None
     rows = []
-    for path in flags.checkpoint or [file_of("D1", out) for out in flags.compare or [flags.out]]:
+    dense = [file_of("D1", out) for out in flags.compare or [flags.out]]
+    for path in flags.checkpoint or dense:
         config, model, meta = settle(path, argv)
-        require(config.data or not validates, f"{path} does not say what it was trained on: --data "
-                "is needed")
-        found.append(config)
+        first = first or config
         for name in same:
             mine = getattr(config, name)
-            other = getattr(found[0], name)
+            other = getattr(first, name)
             require(mine == other, f"{path} can't be compared with the runs before it: its {name} "
                     f"is {mine}, not {other}")
         header(model.to(config.device), config)
         rows += rows_of(path, model, meta, config)
     order = [row.pattern for row in rows]                       # D1 first, runs side by side
-    return found[0], sorted(rows, key=lambda row: order.index(row.pattern))
+    return first, sorted(rows, key=lambda row: order.index(row.pattern))
 
 
 # --------------------------------------------------------------------------------------------------
 # Loss, cost, and reach of the recurrence
-
-def perplexity(nats):
-    """exp(nats), or infinity where that is too large for a float."""
-    return math.inf if nats > 700 else math.exp(nats)
-
 
 def costs(pattern, shape, T, dtype):
     """Keys per token, bytes of the cache per token, and bytes that a decoding step reads of it:
@@ -162,112 +143,98 @@ def costs(pattern, shape, T, dtype):
     keys = keys_per_token(pattern, shape, T)
     each = dtype.itemsize * (keys - 1) + 4 * shape.recurrence   # its own key is in no cache yet
     read = 2 * shape.n_layer * shape.n_embd * each
-    for i in range(shape.n_layer):
-        rules = pattern.rules(i)
-        for rule in rules:
-            if rule.topk and rule.dilation != 1:
-                blocks = (np.arange(T) // rule.block).mean()
-                width = shape.n_embd / len(rules) * (2 if rule.score == "minmax" else 1)
-                read += blocks * width * dtype.itemsize
+    for group in [group for layer in cache.layers for group in layer.groups]:
+        if group.rule.topk:
+            n_blocks = (np.arange(T) // group.rule.block).mean()
+            read += n_blocks * group.summaries[:, :, :1].nbytes
     return keys, cache.nbytes / T, read
-
-
-def loss_row(row, mine, dense, per_byte):
-    """A row of the table. mine, dense: (loss, *costs) of the row and of its model's D1."""
-    loss, keys, cache, read = mine
-    cells = [f"{keys:.1f}",
-             f"{cache:.0f} ({cache / dense[2]:.1%})",
-             f"{read:.0f} ({read / dense[3]:.1%})",
-             f"{loss:.3f}",
-             f"{loss - dense[0]:+.3f}",
-             f"{perplexity(loss):.2f}"]
-    if per_byte:
-        cells.append(f"{bits_per_byte(loss, per_byte):.3f}")
-    return table_row(*row[:3], *cells)
 
 
 def losses(rows, config):
     """Print each loss at once, then the table and, with --reach, the half-lives."""
+    require(config.data, "the checkpoint does not say what it was trained on: --data is needed")
     _, val = load_data(config)
     per_byte = bytes_per_token(val)
     dtype = getattr(torch, config.dtype)
-    found = []
+    dense = {}
+    table = []
     for row in rows:
         loss = evaluate(row.model, val, row.pattern, config)
         print(f"{row.pattern} {row.weights}: loss {loss:.4f}", flush=True)
-        found.append((loss, *costs(row.pattern, row.model.config, config.context, dtype)))
-    print("\n" + table_head(*LABEL, "keys per token", "cache bytes per token",
-                            "bytes read per token", "loss", "gap", "perplexity",
-                            *["bits per byte"] * bool(per_byte)))
-    dense = {}
-    for row, mine in zip(rows, found):
-        dense.setdefault(row.name, mine)                        # D1 comes first
-        print(loss_row(row, mine, dense[row.name], per_byte))
-    for row in rows[:len(dense)]:                               # D1 of each model
-        if config.reach and row.model.config.recurrence:
-            print(f"\n{row.name}: half-life in tokens, median (10th to 90th percentile)\n")
-            print(reach_table(half_lives(row.model, val, config)))
+        keys, cache, read = costs(row.pattern, row.model.config, config.context, dtype)
+        of_dense = dense.setdefault(row.name, (loss, cache, read))      # D1 comes first
+        cells = {"keys per token": f"{keys:.1f}",
+                 "cache bytes per token": f"{cache:.0f} ({cache / of_dense[1]:.1%})",
+                 "bytes read per token": f"{read:.0f} ({read / of_dense[2]:.1%})",
+                 "loss": f"{loss:.3f}",
+                 "gap": f"{loss - of_dense[0]:+.3f}",
+                 "perplexity": f"{np.exp(loss):.2f}"}
+        if per_byte:
+            cells["bits per byte"] = f"{bits_per_byte(loss, per_byte):.3f}"
+        table.append([*row[:3], *cells.values()])
+    print()
+    print_row(*LABEL, *cells, head=True)
+    for cells in table:
+        print_row(*cells)
+    for row in rows[:len(dense)] if config.reach else []:       # D1 of each model
+        if row.model.config.recurrence:
+            reach(row, val, config)
 
 
 @torch.no_grad()
-def half_lives(model, val, config):
-    """Of each layer, the half-lives at every 16th position of --eval-batch validation windows."""
+def reach(row, val, config):
+    """Print the half-lives of each layer, at every 16th position of --eval-batch windows."""
     found = []
 
     def keep(module, inputs, projected):
-        g = projected[:, ::16, -model.config.n_embd:].float().cpu()
-        found.append(math.log(2) / F.softplus(-g))                      # softplus(-g) = -ln a
+        g = projected[:, ::16, -row.model.config.n_embd:].float().cpu()
+        found.append(math.log(2) / F.softplus(-g))              # softplus(-g) = -ln a
 
-    hooks = [block.mix.in_proj.register_forward_hook(keep) for block in model.blocks]
+    for block in row.model.blocks:
+        block.mix.in_proj.register_forward_hook(keep)
     numbers, stride = val.evenly()
     idx, _ = val.cut(numbers[::-(-len(numbers) // config.eval_batch)], stride)
     with autocast(config):
-        model(move(idx, config))
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def reach_table(found):
-    """The Markdown table of `half_lives`."""
+        row.model(move(idx, config))
     cells = []
     for lives in (*found, torch.stack(found)):
         tenth, median, ninetieth = np.quantile(lives, [0.1, 0.5, 0.9])
         cells.append(f"{median:.1f} ({tenth:.1f} to {ninetieth:.1f})")
-    return table_head("layer", *range(len(found)), "all") + "\n" + table_row("half-life", *cells)
+    print(f"\n{row.name}: half-life in tokens, median (10th to 90th percentile)\n")
+    print_row("layer", *range(len(found)), "all", head=True)
+    print_row("half-life", *cells)
 
 
 # --------------------------------------------------------------------------------------------------
 # Benchmarks: which choice is the likeliest after a query
 
 def read_item(line, coder, config):
-    """(choices, sizes, gold, group) of a line. ValueError, KeyError or TypeError if it is bad.
+    """(choices, sizes, gold, group) of a line. Exceptions of any kind if it is bad.
 
-    choices: [(tokens of query and choice, how many of them are the choice's)]. sizes: of the
-    choices in characters, or in tokens. Query and choice are encoded together, as a tokenizer may
-    join the end of one and the start of the other. Blanks between them count as the choice's. An
-    empty query becomes end-of-text.
+    choices: [(tokens of query and choice, how many of them are the choice's)]. Both are encoded at
+    once, as a tokenizer may join them. Blanks between them count as the choice's. An empty query
+    becomes end-of-text. sizes: of the choices, in characters or tokens.
     """
     item = json.loads(line)
     queries, texts, gold = item["query"], item["choices"], item["gold"]
     if not queries or isinstance(queries, str) or isinstance(queries[0], int):
         queries = [queries] * len(texts)
-    require(gold in range(len(texts)) and len(queries) == len(texts), "gold is not the index of a "
-            "choice, or there is not one query for each")
+    require(gold in range(len(texts)) and len(queries) == len(texts) and all(texts), "gold is not "
+            "the index of a choice, a choice is empty, or there is not one query for each")
+    V = config.vocab_size
     choices = []
     for query, choice in zip(queries, texts):
-        require(type(query) is type(choice) and choice, "query and choice are two texts, or two "
-                "lists of token ids, and the choice is not empty")
-        tokens = query + choice
-        start = len(query)
         if isinstance(query, str):
-            tokens = [*coder.encode(f"{query} {choice}")]
             start = len(coder.encode(query.rstrip()))
-        ids = np.array(tokens if start else [coder.eot, *tokens])
-        V = config.vocab_size
-        require(ids.dtype.kind in "iu" and 0 <= ids.min() and ids.max() < V, "a token is none of "
-                f"the model's {V}, or the query is empty and --eot not given")
-        choices.append((tuple(ids.tolist()), len(tokens) - start))
+            tokens = [*map(int, coder.encode(query + " " + choice))]
+        else:
+            start = len(query)
+            tokens = query + choice
+        n = len(tokens) - start
+        tokens = tuple(tokens if start else [coder.eot, *tokens])
+        require(all(type(token) is int and 0 <= token < V for token in tokens), "a token is none "
+                f"of the model's {V}, or the query is empty and --eot not given")
+        choices.append((tokens, n))
     return choices, [*map(len, texts)], gold, str(item.get("group"))
 
 
@@ -286,8 +253,7 @@ def read_items(path, coder, config):
                 if max(n for _, n in choices) <= T:
                     cut += max(len(tokens) for tokens, _ in choices) > T + 1
                     items.append(([(tokens[-T - 1:], n) for tokens, n in choices], *rest))
-    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile,
-            lzma.LZMAError) as error:
+    except Exception as error:                  # whatever json, gzip, lzma and read_item raise
         raise ValueError(f"{path}, line {number}: {error!r}") from error
     if cut or len(items) < number:
         note(f"{path}: --context {T} is too short for the queries of {cut} items, which lose their "
@@ -329,28 +295,24 @@ def mean_of_groups(values, groups):
     values = np.array(values, dtype=float)
     parts = [values[np.array(groups) == name] for name in dict.fromkeys(groups)]
     errors = [part.std() / math.sqrt(max(1, len(part) - 1)) for part in parts]
-    return np.mean([part.mean() for part in parts]), np.linalg.norm(errors) / len(errors)
+    mean = np.mean([part.mean() for part in parts])
+    return mean, np.linalg.norm(errors) / len(errors)
 
 
 def summary(items, scores, dense_hits=None):
     """(record, hits): the scores of a file, and of each item whether its answer is right.
     dense_hits: those of the D1 row.
     """
-    hits = []
-    norm_hits = []
-    lls_of_gold = []
-    n_tokens = 0
-    for choices, sizes, gold, _ in items:
+    found = []
+    for choices, sizes, gold, group in items:
         lls, likeliest = np.array([scores[choice] for choice in choices]).T
         right = len(lls) > 1 or likeliest[0]
-        hits.append(right and lls.argmax() == gold)                     # of equal ones, the first
-        norm_hits.append(right and (lls / sizes).argmax() == gold)
-        lls_of_gold.append(lls[gold])
-        n_tokens += choices[gold][1]
-    groups = [item[-1] for item in items]
-    record = {"items": len(items)}
-    record["ll"] = np.mean(lls_of_gold)
-    record["nats"] = -np.sum(lls_of_gold) / n_tokens
+        hit = right and lls.argmax() == gold                            # of equal ones, the first
+        norm_hit = right and (lls / sizes).argmax() == gold
+        found.append((hit, norm_hit, lls[gold], choices[gold][1], group))
+    hits, norm_hits, lls, counts, groups = zip(*found)
+    record = {"items": len(items), "ll": np.mean(lls)}
+    record["nats"] = -np.sum(lls) / sum(counts)
     record["acc"], record["stderr"] = mean_of_groups(hits, groups)
     record["norm"], _ = mean_of_groups(norm_hits, groups)
     if dense_hits:
@@ -362,7 +324,7 @@ def summary(items, scores, dense_hits=None):
 def choices_cell(record, single):
     """acc in % ± its standard error / norm, or the perplexity of single choices; then delta."""
     text = f"{100 * record['acc']:.1f} ± {100 * record['stderr']:.1f}"
-    text += f", ppl {perplexity(-record['ll']):.4g}" if single else f" / {100 * record['norm']:.1f}"
+    text += f", ppl {np.exp(-record['ll']):.4g}" if single else f" / {100 * record['norm']:.1f}"
     if "delta" in record:
         text += f" ({100 * record['delta']:+.1f} ± {100 * record['delta_stderr']:.1f})"
     return text
@@ -372,9 +334,9 @@ def benchmarks(rows, config):
     """Print a table, a row as soon as it is known. Then add its records to choices.jsonl."""
     coder = Tokenizer(config.tokenizer, config.eot)
     tasks = {path: read_items(path, coder, config) for path in config.choices}
-    names = [os.path.basename(path).split(".jsonl")[0] for path in tasks]
     print("\nacc in % ± its standard error / norm, or ppl (delta)\n")
-    print(table_head(*LABEL, *names), flush=True)
+    names = [os.path.basename(path).split(".jsonl")[0] for path in tasks]
+    print_row(*LABEL, *names, head=True)
     dense = {}                                                  # hits by model and file
     records = []
     for row in rows:
@@ -384,7 +346,7 @@ def benchmarks(rows, config):
             dense.setdefault((row.name, path), hits)            # D1 comes first
             cells.append(choices_cell(record, all(len(item[0]) == 1 for item in items)))
             records.append({**dict(zip(LABEL, map(str, row))), "file": path, **record})
-        print(table_row(*row[:3], *cells), flush=True)
+        print_row(*row[:3], *cells)
     os.makedirs(config.out, exist_ok=True)
     with open(os.path.join(config.out, "choices.jsonl"), "a") as file:
         for record in records:
@@ -406,142 +368,129 @@ ADJECTIVES = """black blind brown clean clear daily dirty early empty fresh gran
 NOUNS = """angel apple beard blade books boxes brain bread brush cards chain chair clock cloth cloud
     cream dream dress field flame floor fruit ghost glass grass heart horse house image knife money
     mouse night paper phone plane plant radio river shell shirt stone storm story""".split()
-TASKS = {       # haystack; kind of keys, of values; needles, their keys; does one question ask all?
-    "single-1": ("noise", "words", "number", 1, 1, True),
-    "single-2": ("prose", "words", "number", 1, 1, True),
-    "single-3": ("prose", "words", "uuid", 1, 1, True),
-    "multikey-1": ("prose", "words", "number", 4, 4, False),
-    "multikey-2": ("needles", "words", "number", 1, 1, False),
-    "multikey-3": ("needles", "uuid", "uuid", 1, 1, False),
-    "multivalue": ("prose", "words", "number", 4, 1, True),
-    "multiquery": ("prose", "words", "number", 4, 4, True),
-    "recall": ("pairs", "words", "number", 1, 1, False),        # no words around: the simplest
+NOISE = " The rain falls. The wind turns. The lamp is lit."
+PROSE = " The {a} {c} is near a {b} {d}."
+WORDS = "{a}-{c}"
+TASKS = {       # haystack (None: other needles); key and value; how many keys, values of each
+    "single-1": (NOISE, WORDS, "{number}", 1, 1),
+    "single-2": (PROSE, WORDS, "{number}", 1, 1),
+    "single-3": (PROSE, WORDS, "{uuid}", 1, 1),
+    "multikey-1": (PROSE, WORDS, "{number}", 4, 1),
+    "multikey-2": (None, WORDS, "{number}", None, 1),
+    "multikey-3": (None, "{uuid}", "{uuid}", None, 1),
+    "multivalue": (PROSE, WORDS, "{number}", 1, 4),
+    "multiquery": (PROSE, WORDS, "{number}", 4, 1),             # one question asks for all keys
+    "recall": (None, WORDS, "{number}", None, 1),               # bare pairs: the simplest
 }
 PIECE = re.compile(" ?[A-Z]?[a-z]+|.", re.DOTALL)       # a word, or another character by itself
 
 
-def encoder(tokenizer):
+def encoder(config):
     """The function text -> list of tokens, for the texts of samples. A digit is a token, as in
     Llama's tokenizer. So is each letter of a uuid, as those are capitals.
     """
-    coder = Tokenizer(tokenizer)
-    require(coder.size, "--niah writes text, which needs --tokenizer bytes or gpt2")
+    coder = Tokenizer(config.tokenizer)
+    V = config.vocab_size or math.inf
+    require(coder.size and coder.size <= V, "--niah writes text, which needs --tokenizer bytes or "
+            "gpt2 and a model with that vocabulary")
     of_piece = functools.cache(lambda piece: [*map(int, coder.encode(piece))])
     return lambda text: sum(map(of_piece, PIECE.findall(text)), [])
 
 
-def draw(kind, rng):
-    """A sentence, a key or a value of a kind."""
-    a, b = rng.choices(ADJECTIVES, k=2)
-    c, d = rng.choices(NOUNS, k=2)
-    number = rng.getrandbits(128)
-    return {"noise": " The rain falls. The wind turns. The lamp is lit.",
-            "prose": f" The {a} {c} is near a {b} {d}.",
-            "words": f"{a}-{c}",
-            "number": str(10**6 + number % (9 * 10**6)),
-            "uuid": f"{number:032X}"}[kind]             # without dashes
+def draw(form, rng):
+    """A sentence, a key or a value of a form."""
+    words = dict(zip("abcd", rng.choices(ADJECTIVES, k=2) + rng.choices(NOUNS, k=2)))
+    uuid = f"{rng.getrandbits(128):032X}"
+    return form.format(**words, number=rng.randrange(10**6, 10**7), uuid=uuid)
 
 
 def new_sample(number, task, config, encode, most=1):
-    """(tokens, answer, values) of a numbered sample, the same for the same seed: a haystack,
-    needles in it, up to `most` questions, each with its answer after it.
-
-    tokens: (--context,) uint16. answer: the same, 1 on the tokens of answers, else 0. values: the
-    texts that the answers hold. ValueError if there is no room.
+    """A numbered sample, the same for the same seed: a haystack, needles in it, up to `most`
+    questions, each with its answer after it. (2, --context) uint16: the tokens, and 1 on those of
+    answers, else 0. ValueError if there is no room.
     """
-    hay, key, value, count, n_keys, together = TASKS[task]
-    of_needles = hay in ("needles", "pairs")
+    hay, key, value, n_keys, n_values = TASKS[task]
     rng = random.Random(f"{config.seed} {number}")
-    form, question = (" {} {}.", " {}") if hay == "pairs" else (" Safe {}: {}.", "\nOpen {}:")
-    size = len(encode(form.format(draw(key, rng), draw(value, rng))))
+    form, question = (" {} {}.", " {}") if task == "recall" else (" Safe {}: {}.", "\nOpen {}:")
+    needle = form.format(key, value)
+    size = len(encode(draw(needle, rng)))
     rounds = rng.randint(1, max(1, min(most, config.context // (3 * size))))
-    if of_needles:
-        count = n_keys = rounds
+    n_keys = n_keys or rounds
     keys = []
     while len(keys) < n_keys:
         keys = list(dict.fromkeys([*keys, draw(key, rng)]))
-    pairs = [(keys[i % n_keys], draw(value, rng)) for i in range(count)]
+    pairs = [(name, draw(value, rng)) for name in keys for _ in range(n_values)]
 
     ends = []
-    answer = []
-    values = []
-    asked = rng.sample([[pair] for pair in pairs], min(rounds, count))
-    for group in [pairs] if together else asked:
-        names, told = zip(*group)
-        asks = encode(question.format(", ".join(dict.fromkeys(names))))
-        tells = encode(f" {', '.join(told)}.")
-        ends += asks + tells
-        answer += [0] * len(asks) + [1] * len(tells)
-        values += told
+    asked = [[name] for name in rng.sample(keys, min(rounds, n_keys))]
+    for names in [keys] if task == "multiquery" else asked:
+        told = ", ".join(text for name, text in pairs if name in names)
+        ends += [(token, 0) for token in encode(question.format(", ".join(names)))]
+        ends += [(token, 1) for token in encode(f" {told}.")]
 
     rows = []
-    room = config.context - len(ends) - count * size
+    room = config.context - len(ends) - len(pairs) * size
     while room > 0:
-        text = form.format(draw(key, rng), draw(value, rng)) if of_needles else draw(hay, rng)
+        text = draw(hay or needle, rng)
         if not any(name in text for name in keys):
             rows.append(encode(text))
             room -= len(rows[-1])
     require(len(rows) > 1, f"--context {config.context} is too short for {task}")
-    places = sorted(rng.sample(range(1, len(rows) + count), count))
+    places = sorted(rng.sample(range(1, len(rows) + len(pairs)), len(pairs)))
     for place, pair in zip(places, pairs):
         rows.insert(place, encode(form.format(*pair)))
-    tokens = [*itertools.chain(*rows), *ends][-config.context:]     # the first row loses its front
-    answer = [0] * (len(tokens) - len(ends)) + answer
-    return np.array(tokens, np.uint16), np.array(answer, np.uint8), values
+    marked = [(token, 0) for row in rows for token in row] + ends
+    return np.array(marked[-config.context:], np.uint16).T          # the first row loses its front
 
 
 def write_niah(config):
-    """Write train.bin and val.bin with their masks: samples one after another, as train.py reads
-    them. Those for validation have negative numbers, as those of the evaluation have.
+    """Write train.bin and val.bin with their masks, as train.py reads them: samples one after
+    another, for validation those that `retrieval` takes.
     """
     require(not os.path.exists(config.write), f"--write {config.write} exists: name a new folder")
-    encode = encoder(config.tokenizer)
-    n_val = max(2, config.samples // 20)
-    for name, numbers in {"train": range(config.samples), "val": range(-n_val, 0)}.items():
+    encode = encoder(config)
+    n_train = config.samples or 16384
+    n_val = max(2, n_train // 20)
+    for name, numbers in {"train": range(n_train), "val": range(-n_val, 0)}.items():
         samples = [new_sample(number, config.tasks[number % len(config.tasks)], config, encode, 16)
                    for number in numbers]
-        tokens, answers, _ = zip(*samples)
         os.makedirs(config.write, exist_ok=True)
-        np.stack(tokens).astype("<u2").tofile(f"{config.write}/{name}.bin")
-        np.stack(answers).tofile(f"{config.write}/{name}.mask.bin")
-    print(f"{config.write}: {config.samples} samples for training and {n_val} for validation, for "
+        tokens, answers = np.stack(samples, axis=1)
+        tokens.astype("<u2").tofile(f"{config.write}/{name}.bin")
+        answers.astype("u1").tofile(f"{config.write}/{name}.mask.bin")
+    print(f"{config.write}: {n_train} samples for training and {n_val} for validation, for "
           f"train.py --tokenizer {config.tokenizer} --context {config.context}")
 
 
 def retrieve(row, samples, config):
-    """Mean share, in %, of the samples' values that the greedy continuation holds. Prompt and
-    continuation together fill the context.
+    """Mean share, in %, of the values in a sample's answer that the greedy continuation holds.
+    samples: (n, 2, --context) of one task, whose answers are equally long.
     """
     coder = Tokenizer(config.tokenizer)
+    n_new = int(samples[0, 1].sum())
     found = []
-    for first in range(0, len(samples), config.eval_batch):
-        tokens, answers, values = zip(*samples[first:first + config.eval_batch])
-        n_new = int(answers[0].sum())                           # the same for all of a task
-        idx = torch.tensor(np.stack(tokens)[:, :-n_new].astype(int))
-        out = row.model.generate(move(idx, config), n_new, row.pattern, temperature=0)
-        for told, new in zip(values, out[:, -n_new:].tolist()):
-            text = b"".join(map(coder.bytes_of, new)).decode(errors="replace")
-            found.append(np.mean([value in text for value in told]))
+    for idx in torch.from_numpy(samples[:, 0].astype(int)).split(config.eval_batch):
+        out = row.model.generate(move(idx[:, :-n_new], config), n_new, row.pattern, temperature=0)
+        for answer, new in zip(idx[:, -n_new:].tolist(), out[:, -n_new:].tolist()):
+            answer, new = ("".join(map(coder.decode, tokens)) for tokens in (answer, new))
+            found.append(np.mean([value in new for value in re.findall(r"\w+", answer)]))
     return 100 * np.mean(found)
 
 
 def retrieval(rows, config):
     """Print a table, a row as soon as it is known."""
-    encode = encoder(config.tokenizer)
-    require(Tokenizer(config.tokenizer).size <= config.vocab_size, "--tokenizer: the model's "
-            "vocabulary is too small")
+    encode = encoder(config)
     tasks = []
     for task in config.tasks:
-        tasks.append([new_sample(-1 - i, task, config, encode) for i in range(config.samples)])
-    print("\n" + table_head(*LABEL, *config.tasks, "average"), flush=True)
+        samples = [new_sample(-1 - i, task, config, encode) for i in range(config.samples or 64)]
+        tasks.append(np.stack(samples))
+    print()
+    print_row(*LABEL, *config.tasks, "average", head=True)
     for row in rows:
         row.model.to(getattr(torch, config.dtype))              # a step then casts no weights
         found = [retrieve(row, samples, config) for samples in tasks]
-        print(table_row(*row[:3], *map("{:.1f}".format, [*found, np.mean(found)])), flush=True)
+        print_row(*row[:3], *map("{:.1f}".format, [*found, np.mean(found)]))
 
-
-# --------------------------------------------------------------------------------------------------
-# Flags
 
 def eval_flags():
     parser = new_parser(__doc__)
@@ -554,8 +503,7 @@ def eval_flags():
     mode("--reach", action="store_true", help="also the half-life of the decays, by layer")
     mode("--choices", nargs="+", help="files of items to score: .jsonl, .jsonl.xz or .jsonl.gz")
     mode("--niah", action="store_true", help="retrieval instead of the loss")
-    flag("--pattern", nargs="+", type=pattern_flag, help="patterns beside D1 and a --checkpoint's "
-         "own; default: all that were adapted, and W0")
+    flag("--pattern", nargs="+", type=pattern_flag, help="default: all that were adapted, and W0")
     flag("--tasks", nargs="+", choices=[*TASKS], default=[*TASKS][:8], help="of --niah; default: "
          "RULER's eight")
     flag("--samples", type=int, help="of --niah: of each task, 64; with --write in all, 16384")
@@ -570,7 +518,7 @@ def main(argv=None):
         dense = file_of("D1", flags.out)
         [path] = flags.checkpoint or [dense if os.path.exists(dense) else None]
         return write_niah(settle(path, argv)[0])
-    config, rows = open_rows(argv)
+    config, rows = open_rows(flags, argv)
     (retrieval if flags.niah else benchmarks if flags.choices else losses)(rows, config)
 
 

@@ -26,23 +26,17 @@ from train import (Tokenizer, file_of, fingerprint, header, new_parser, note, on
 
 
 def find_weights(flags):
-    """(name, model, meta): --checkpoint, else with --bench random weights, else the pattern's own
-    file, else dense.pt.
-    """
-    if flags.bench and not flags.checkpoint:
-        with torch.device(flags.device):
-            model = RATPlus(RATConfig(vocab_size=32000, **PRESETS[flags.preset]))
-        return f"{flags.preset}, random weights", model, {}
+    """(path, model, meta) of --checkpoint, else of the pattern's own file, else of dense.pt."""
     pattern = flags.pattern[0]
     dense = file_of("D1", flags.out)
     own = file_of(pattern, flags.out)
     path = flags.checkpoint or (own if os.path.exists(own) else dense)
     model, meta = load_checkpoint(path, flags.device)
-    if path not in (flags.checkpoint, dense) and "parent" in meta and os.path.exists(dense):
-        dense_model, dense_meta = load_checkpoint(dense)
-        parents = fingerprint(dense_model), dense_meta.get("parent")
-        require(meta["parent"] in parents, f"{path} was adapted from other weights than {dense} "
-                f"holds now: run adapt.py again, or take it as it is with --checkpoint {path}")
+    if path not in (flags.checkpoint, dense) and os.path.exists(dense):
+        parent, about = load_checkpoint(dense)
+        parents = None, fingerprint(parent), about.get("parent")        # None: it was not adapted
+        require(meta.get("parent") in parents, f"{path} was adapted from other weights than {dense}"
+                f" holds now: run adapt.py again, or take it as it is with --checkpoint {path}")
     if meta["pattern"] != pattern and not flags.bench:
         note(f"warning: {path} was trained for {meta['pattern']}, not for {pattern}; see adapt.py")
     return path, model, meta
@@ -58,6 +52,10 @@ def seconds(call, flags):
     return time.perf_counter() - start
 
 
+def state_bytes(cache):
+    return sum(layer.state.nbytes for layer in cache.layers)
+
+
 # --------------------------------------------------------------------------------------------------
 # Text
 
@@ -70,21 +68,18 @@ def write(path, model, meta, flags):
     needed = len(ids) + flags.tokens - 1                # the last token is never appended
     max_len = flags.max_len or needed
     require(max_len >= needed, f"--max-len {max_len}: the prompt and --tokens need {needed}")
+    idx = torch.tensor([ids], device=flags.device)
     pattern = flags.pattern[0]
-
-    def stream(n, cache):
-        idx = torch.tensor([ids], device=flags.device)
-        return model.stream(idx, n, cache, flags.temperature, flags.top_k, flags.top_p)
-
+    sampling = flags.temperature, flags.top_k, flags.top_p
     cache = model.new_cache(1, max_len, pattern)
-    took = seconds(lambda: list(stream(min(3, flags.tokens), cache)), flags)
+    few = min(3, flags.tokens)
+    took = seconds(lambda: list(model.stream(idx, few, cache, *sampling)), flags)
     print(f"{path} with {pattern}, warmed up in {1e3 * took:.0f} ms\n")
     print(flags.prompt, end=" " if coder.name == "ids" else "", flush=True)
     cache = model.new_cache(1, max_len, pattern)
     torch.manual_seed(flags.seed)
     stamps = [time.perf_counter()]
-    for token in stream(flags.tokens, cache):
-        token = token.item()
+    for token in map(int, model.stream(idx, flags.tokens, cache, *sampling)):
         stamps.append(time.perf_counter())
         print(coder.decode(token), end="", flush=True)
         if token == coder.eot:
@@ -103,23 +98,15 @@ def summary(n_prompt, stamps, cache, config):
             f"({cache.nbytes / dense:.1%})")
 
 
-def state_bytes(cache):
-    return sum(layer.state.nbytes for layer in cache.layers)
-
-
 # --------------------------------------------------------------------------------------------------
 # Bench
-
-HEAD = ("| context | pattern | batch | prefill ms | ms per step | tok/s | of dense | cache MB "
-        "| read MB | of copy |\n" + "|---" * 10 + "|")
-ROW = "| {} | {} | {} | {:.1f} | {:.3f} | {:.0f} | {:.2f}x | {:.1f} | {:.1f} | {:.0%} |"
-
 
 def bench(name, model, flags):
     """Print a Markdown table: D1, the patterns, each with one sequence and the largest batch."""
     copy = copy_bandwidth(flags)
-    print(f"{name}: {flags.tokens} tokens decoded greedily; a copy moves {copy / 1e9:.0f} GB/s",
-          HEAD, sep="\n\n", flush=True)
+    print(f"{name}: {flags.tokens} tokens decoded greedily; a copy moves {copy / 1e9:.0f} GB/s\n\n"
+          "| context | pattern | batch | prefill ms | ms per step | tok/s | of dense | cache MB "
+          "| read MB | of copy |\n" + "|---" * 10 + "|", flush=True)
     speeds = {}
     for context, pattern in product(flags.contexts, dict.fromkeys(["D1", *flags.pattern])):
         batch = 1
@@ -128,19 +115,13 @@ def bench(name, model, flags):
             if not found:
                 print(f"| {context} | {pattern} | 1 | out of memory |", flush=True)
                 break
-            batch, _, step, cache, *_ = found
-            speeds[context, pattern, kind] = batch / step
+            batch, prefill, step, cache, read, moved = found
+            speed = speeds[context, pattern, kind] = batch / step
             dense = speeds.get((context, "D1", kind), math.nan)
-            print(row(context, pattern, found, dense, copy), flush=True)
+            print(f"| {context} | {pattern} | {batch} | {1e3 * prefill:.1f} | {1e3 * step:.3f} "
+                  f"| {speed:.0f} | {speed / dense:.2f}x | {cache / 1e6:.1f} | {read / 1e6:.1f} "
+                  f"| {moved / step / copy:.0%} |", flush=True)
             batch = largest_batch(cache, flags)
-
-
-def row(context, pattern, found, dense, copy):
-    """A row of the table. found: of `measure`. dense: tok/s of D1. copy: bytes/s of a copy."""
-    batch, prefill, step, cache, read, moved = found
-    speed = batch / step
-    return ROW.format(context, pattern, batch, 1e3 * prefill, 1e3 * step, speed, speed / dense,
-                      cache / 1e6, read / 1e6, moved / step / copy)
 
 
 def copy_bandwidth(flags):
@@ -176,16 +157,14 @@ def measure(model, context, pattern, batch, flags):
     """batch; seconds of a prefill (nan of several sequences) and of a step; bytes of the cache, of
     it read by a step, and moved by a step: read, weights, and states, which it writes too.
     """
-    V = model.config.vocab_size
     cache = model.new_cache(batch, context + flags.tokens + 3, pattern)
+    idx = torch.randint(model.config.vocab_size, (1, context), device=flags.device)
     prefills = []
     while batch == 1 and len(prefills) < 4 and sum(prefills[1:]) < 1:      # the first compiles
         fill_at_random(cache, 0)
-        idx = torch.randint(V, (1, context), device=flags.device)
         prefills.append(seconds(lambda: model.prefill(idx, cache), flags))
     fill_at_random(cache, context)
-    token = torch.randint(V, (batch, 1), device=flags.device)
-    steps = model.stream(token, flags.tokens + 3, cache, temperature=0)
+    steps = model.stream(idx[:, :1].expand(batch, 1), flags.tokens + 3, cache, temperature=0)
     list(islice(steps, 3))                              # a GPU captures its graph for the third
     step = seconds(lambda: list(steps), flags) / flags.tokens
     read = bytes_read(cache, context + 3 + flags.tokens // 2)
@@ -196,16 +175,15 @@ def measure(model, context, pattern, batch, flags):
 def fill_at_random(cache, length):
     """As if `length` tokens had been seen, without the time of a prefill."""
     for layer in cache.layers:
-        for group in layer.groups:
-            for z in group.tensors:
-                z.normal_()
+        for z in [z for group in layer.groups for z in group.tensors]:
+            z.normal_()
     cache.length = length
     cache.seen.fill_(length)
 
 
 def bytes_read(cache, t):
-    """Bytes of keys, values, summaries and states that a step at position t reads. Any top-k blocks
-    cost the same, so the earliest are taken.
+    """Bytes of the cache that a step at position t reads. Any top-k blocks cost the same: here it
+    is the earliest.
     """
     p = torch.arange(t)
     total = state_bytes(cache)
@@ -214,7 +192,7 @@ def bytes_read(cache, t):
         keys = rule.allowed(t, p)
         if rule.topk:
             own = t // rule.block
-            keys = keys | (p < (rule.topk - 1) * rule.block) | (p >= own * rule.block)
+            keys |= (p < (rule.topk - 1) * rule.block) | (p >= own * rule.block)
             total += own * group.summaries[:, :, :1].nbytes
         total += keys.sum().item() * 2 * group.k[:, :, :1].nbytes
     return total
@@ -245,7 +223,12 @@ def main(argv=None):
     use_device(flags)
     require(on_gpu(flags) or not flags.compile, "--compile is for the steps of a GPU")
     torch.manual_seed(flags.seed)
-    name, model, meta = find_weights(flags)
+    if flags.bench and not flags.checkpoint:
+        name = f"{flags.preset}, random weights"
+        with torch.device(flags.device):
+            model = RATPlus(RATConfig(vocab_size=32000, **PRESETS[flags.preset]))
+    else:
+        name, model, meta = find_weights(flags)
     model.to(getattr(torch, flags.dtype))
     if flags.compile:
         torch._dynamo.config.recompile_limit = 64       # one graph for each size of batch
