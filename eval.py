@@ -168,7 +168,7 @@ def losses(rows, config):
                  "bytes read per token": f"{read:.0f} ({read / of_dense[2]:.1%})",
                  "loss": f"{loss:.3f}",
                  "gap": f"{loss - of_dense[0]:+.3f}",
-                 "perplexity": f"{np.exp(loss):.2f}"}
+                 "perplexity": f"{torch.tensor(loss).exp():.2f}"}
         if per_byte:
             cells["bits per byte"] = f"{bits_per_byte(loss, per_byte):.3f}"
         table.append([*row[:3], *cells.values()])
@@ -324,7 +324,8 @@ def summary(items, scores, dense_hits=None):
 def choices_cell(record, single):
     """acc in % ± its standard error / norm, or the perplexity of single choices; then delta."""
     text = f"{100 * record['acc']:.1f} ± {100 * record['stderr']:.1f}"
-    text += f", ppl {np.exp(-record['ll']):.4g}" if single else f" / {100 * record['norm']:.1f}"
+    ppl = torch.tensor(-record["ll"]).exp()             # inf where it is too large for a float
+    text += f", ppl {ppl:.4g}" if single else f" / {100 * record['norm']:.1f}"
     if "delta" in record:
         text += f" ({100 * record['delta']:+.1f} ± {100 * record['delta_stderr']:.1f})"
     return text
