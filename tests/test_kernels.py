@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import kernels
 import model
-from model import (Cache, LayerCache, Pattern, RATConfig, RATPlus, Rule, allowed, attend,
+from model import (Cache, LayerCache, Mixing, Pattern, RATConfig, RATPlus, Rule, allowed, attend,
                    attention, recurrence, rope_angles, rotate)
 from test_model import assert_same, tiny
 
@@ -315,11 +315,11 @@ def keys_kernel(out, RULE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
     t = tl.arange(0, BT)[:, None]
     n = tl.arange(0, BN)[None, :]
     row = out + t * BN + n
-    tl.store(row, kernels.count_keys(t, RULE) + 0 * n)
+    tl.store(row, kernels.count_keys(t, RULE))
     row += BT * BN
-    tl.store(row, kernels.key_at(n, t, RULE, False) + 0 * t)
+    tl.store(row, kernels.key_at(n, t, RULE, False))
     row += BT * BN
-    tl.store(row, kernels.key_at(n, t, RULE, True) + 0 * t)
+    tl.store(row, kernels.key_at(n, t, RULE, True))
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, *MORE_PATTERNS])
@@ -379,34 +379,23 @@ def in_float64(layer):
     return LayerCache(twin.state.double(), twin.groups, twin.seen)
 
 
-def plain_step(o, q, k, v, g, rope, layer, H):
-    """Equations (2) to (5), but for out_proj, as Mixing computes them without kernels."""
-    if g:
-        k, v, state = recurrence(k, v, *g, layer.state)
-        layer.state.copy_(state)
-    q, k, v = (z.unflatten(2, (H, -1)).transpose(1, 2) for z in (q, k, v))
-    q = rotate(q, *rope)
-    k = rotate(k, *rope)
-    n = len(layer.groups)
-    parts = zip(*(z.chunk(n, 1) for z in (q, k, v)))
-    y = [group.attend(*qkv) for group, qkv in zip(layer.groups, parts)]
-    y = torch.cat(y, 1).transpose(1, 2)
-    return torch.sigmoid(o) * y.flatten(2)
-
-
 def check_decode(pattern, t, dtype=torch.float32, H=2, Dh=8, recurrent=True, splits=None, loud=1,
                  limit=None):
-    """One step at position t: what it returns, the new state, and what the cache then holds."""
+    """One step at position t beside Mixing without kernels and projections: what it returns, the
+    new state, and what the cache then holds.
+    """
     layer = layer_cache(pattern, 96, 2, H, Dh, dtype, recurrent)
     fill(layer, t)
-    o, q, k, v, g = randn(2, 1, 5 * H * Dh, dtype=dtype).chunk(5, -1)   # views, as of in_proj
-    parts = o, q * loud, k, v                                   # of two strides
-    g = [g] * recurrent
-    rope = any_strides(rope_angles(layer.seen, Dh))
     exact = in_float64(layer)
-    double = [z.double() for z in parts]
-    expected = plain_step(*double, [z.double() for z in g], rope, exact, H)
-    y = kernels.decode(*parts, g, rope, layer, splits)
+    mix = Mixing(RATConfig(1, 1, H, H * Dh, recurrent))
+    mix.norm = mix.in_proj = mix.out_proj = torch.nn.Identity()
+    x = randn(2, 1, sum(mix.widths), dtype=dtype)
+    o, q, k, v, *g = x.split(mix.widths, -1)
+    q *= loud
+    rope = any_strides(rope_angles(layer.seen, Dh))
+    rules = Pattern.parse(pattern).rules(0)
+    expected = mix(x.double(), rope, rules, exact)
+    y = kernels.decode(o, q.clone(), k, v, g, rope, layer, splits)      # of two strides
     limit = limit or LIMITS[dtype]
     at = f"{pattern} at {t}, {dtype}, Dh {Dh}"
     assert_same(f"{at}: y", y, expected, limit)
@@ -423,11 +412,16 @@ def test_decode(pattern):
         check_decode(pattern, t)
 
 
+@pytest.mark.parametrize("pattern, t, splits", [
+    ("D1", 95, 2),
+    ("D1", 95, 3),
+    ("D2W30S3", 90, 5),
+    ("D1", 2, 5)])
+def test_decode_by_several_programs(pattern, t, splits):
+    check_decode(pattern, t, H=1, Dh=256, splits=splits)        # 16 keys a tile
+
+
 @pytest.mark.parametrize("pattern, t, options", [
-    ("D1", 95, dict(splits=2, Dh=256, H=1)),                    # 16 keys a tile
-    ("D1", 95, dict(splits=3, Dh=256, H=1)),
-    ("D2W30S3", 90, dict(splits=5, Dh=256, H=1)),
-    ("D1", 2, dict(splits=5, Dh=256, H=1)),
     ("D64", 20, dict(loud=300, limit=1e-3, splits=2)),          # scores of hundreds, either sign:
     ("W5S2", 3, dict(loud=300, limit=1e-3, splits=2)),          # 2^score is beyond float32
     ("D4W9S2", 77, dict(Dh=2, H=3)),
@@ -530,8 +524,7 @@ def test_the_chain_repeats_to_the_bit(B, T, C):
 @gpu
 def test_offsets_of_more_than_31_bits():
     """A quarter of a million positions of 80 heads: 2.7 billion elements a tensor."""
-    x = torch.empty(1, 262144, 80, 128, device=DEVICE, dtype=torch.bfloat16)
-    x = x.normal_().transpose(1, 2)
+    x = randn(1, 262144, 80, 128, dtype=torch.bfloat16).transpose(1, 2)
     y = attention(x, x, x, 64, 16, 4)[:, 60:, -8:]
     p = torch.arange(262144, device=DEVICE)
     near = p[allowed(p[-1], p, 64, 40, 4)]
