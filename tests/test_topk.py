@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import kernels
 from model import Rule, attend
 from test_decode import assert_decodes
-from test_kernels import DEVICE, GPU, LIMITS, check_decode, randn
+from test_kernels import (DEVICE, GPU, LIMITS, check_decode, compare, outputs_and_gradients, randn)
 from test_model import SCORES, assert_same, tiny
 
 
@@ -51,21 +51,24 @@ def topk_mask(q, k, rule):
     return mask[n - len(q):]
 
 
+def under(rule):
+    """Attention under a Rule as `compare` takes it."""
+    def run(q, k, v):
+        return dict(y=attend(q, k, v, rule))
+    return run
+
+
 def check_attention(q, k, v, rule, limit=1e-5):
     """y and every gradient: none flows through the choice. q: the last T of n positions."""
     rule = Rule.parse(rule)
-    heads = zip(q.flatten(0, 1).double().cpu(), k.flatten(0, 1).double().cpu())
-    mask = torch.stack([topk_mask(*head, rule) for head in heads])
-    mask = mask.view(*q.shape[:2], *mask.shape[1:]).to(DEVICE)
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    y = attend(*inputs, rule)
-    y64 = F.scaled_dot_product_attention(*exact, attn_mask=mask)
-    dy = torch.randn_like(y)
-    found = y, *torch.autograd.grad(y, inputs, dy)
-    expected = y64, *torch.autograd.grad(y64, exact, dy.double())
-    for name, x, ref in zip(("y", "dq", "dk", "dv"), found, expected):
-        assert_same(f"{name} of {rule}", x, ref, limit, floor=1)
+    heads = [z.flatten(0, 1).double().cpu() for z in (q, k)]
+    masks = [topk_mask(*head, rule) for head in zip(*heads)]
+    mask = torch.stack(masks).unflatten(0, q.shape[:2]).to(DEVICE)
+
+    def definition(q, k, v):
+        return dict(y=F.scaled_dot_product_attention(q, k, v, mask))
+
+    compare(under(rule), definition, limit, floor=1, q=q, k=k, v=v)
 
 
 CASES = [
@@ -93,15 +96,14 @@ def test_attention_and_every_gradient(device, B, T, n, rule):
 def test_attention_in_float16_cut_into_short_calls(kernels_on, monkeypatch, B, T, n, rule):
     monkeypatch.setattr(kernels, "PARTS_BYTES", 0)
     monkeypatch.setattr(kernels, "LEAST_QUERIES", 64)
-    q, k, v = (randn(B, 2, T, 16, dtype=torch.float16) for _ in "qkv")
-    check_attention(q, k, v, rule, LIMITS[torch.float16])
+    qkv = randn(3, B, 2, T, 16, dtype=torch.float16)
+    check_attention(*qkv, rule, LIMITS[torch.float16])
 
 
 @pytest.mark.parametrize("Dh", [24, 128])
 def test_attention_of_other_widths(kernels_on, Dh):
     """No power of 2; 512 bytes, which take other tiles."""
-    q, k, v = (randn(1, 1, 50, Dh) for _ in "qkv")
-    check_attention(q, k, v, "D8W4N20K3:minmax")
+    check_attention(*randn(3, 1, 1, 50, Dh), "D8W4N20K3:minmax")
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: the tensor cores' bfloat16 products")
@@ -109,19 +111,19 @@ def test_attention_of_other_widths(kernels_on, Dh):
 @pytest.mark.parametrize("rule", ["N64K16", "D64N64K8", "W100S4N64K4"])
 def test_attention_in_bfloat16_on_a_gpu(rule, Dh):
     """With keys of few values, so that the scores of float64 are those of bfloat16."""
-    q, v = (randn(1, 2, 1500, Dh, dtype=torch.bfloat16) for _ in "qv")
-    k = randn(1, 2, 1500, Dh, dtype=torch.bfloat16)
-    check_attention(q, k, v, f"{rule}:last", LIMITS[torch.bfloat16])
+    qkv = randn(3, 1, 2, 1500, Dh, dtype=torch.bfloat16)
+    check_attention(*qkv, f"{rule}:last", LIMITS[torch.bfloat16])
 
 
 @pytest.mark.parametrize("T, n, rule, levels", [
     (60, 60, "N4K5", 2), (8, 140, "N1K12:last", 3), (20, 50, "D4N4K3:minmax", 1)])
 def test_of_equal_scores_the_earliest_block_is_chosen(device, T, n, rule, levels):
     """Keys of few values give exact sums, and many that are equal."""
-    few = torch.arange(16, device=DEVICE) < 2
-    q = randn(1, 1, T, 16).mul(levels / 2).round() * few
-    k = randn(1, 1, n, 16).mul(levels / 2).round() * few
-    check_attention(q, k, randn(1, 1, n, 16), rule)
+    q, k, v = (randn(1, 1, size, 16) for size in (T, n, n))
+    for z in q, k:
+        z.mul_(levels / 2).round_()
+        z[..., 2:] = 0
+    check_attention(q, k, v, rule)
 
 
 def test_where_the_best_blocks_share_a_lane(kernels_on):
@@ -151,27 +153,25 @@ def test_nan_is_the_least_score_and_zeros_are_equal(kernels_on):
 def test_the_limits_of_topk_are_the_other_patterns(device):
     q, k, v = randn(3, 1, 2, 50, 8)
 
-    def under(text):
+    def attended(text):
         return attend(q, k, v, Rule.parse(text))
 
     dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     for text in ("N8K7", "N8K999999999", "N1K50", "N50K1", "N999999999K1", "D1N8K2", "W49N8K2",
                  "S50N8K2"):
-        assert_same(f"{text} is dense", under(text), dense)
-    assert_same("N1K1: only itself", under("N1K1"), v)
+        assert_same(f"{text} is dense", attended(text), dense)
+    assert_same("N1K1: only itself", attended("N1K1"), v)
     for text in ("D16", "W5S3", "D7W2S1"):
-        assert_same(f"{text}N1K1 is {text}", under(f"{text}N1K1"), under(text))
+        assert_same(f"{text}N1K1 is {text}", attended(f"{text}N1K1"), attended(text))
 
 
 def test_the_same_input_gives_the_same_gradients_to_the_bit(kernels_on):
     T = 80 if GPU else 20                                  # the interpreter runs one by one anyway
-    q, k, v = (randn(1, 2, T, 16).requires_grad_() for _ in "qkv")
-    results = []
-    for _ in range(2):
-        y = attend(q, k, v, Rule.parse("D8W5N8K3"))
-        results.append(torch.autograd.grad(y.square().sum(), (q, k, v)))
-    for name, first, second in zip("qkv", *results):
-        assert first.equal(second), f"d{name} differs"
+    qkv = dict(zip("qkv", randn(3, 1, 2, T, 16)))
+    run = under(Rule.parse("D8W5N8K3"))
+    again = outputs_and_gradients(run, qkv)
+    for name, x in outputs_and_gradients(run, qkv).items():
+        assert x.equal(again[name]), f"{name} differs"
 
 
 def test_keys_that_no_query_chose_are_not_read(kernels_on):
@@ -193,7 +193,11 @@ def test_keys_that_no_query_chose_are_not_read(kernels_on):
 # Decoding
 
 @pytest.mark.parametrize("pattern, splits", [
-    ("N3K2", None), ("D5N3K2:minmax", 3), ("D4W4S2N3K2:last", 2), ("N8K3:last", 1), ("W2N7K4", 5)])
+    ("N3K2", None),
+    ("D5N3K2:minmax", 3),
+    ("D4W4S2N3K2:last", 2),
+    ("N8K3:last", 1),
+    ("W2N7K4", 5)])
 def test_a_step_by_kernels_is_the_plain_step(pattern, splits):
     """Within a block and at its border, where its summary is written. Nothing later is read."""
     size = Rule.parse(pattern).block
