@@ -642,7 +642,8 @@ class RATPlus(nn.Module):
         if on_kernels(x):
             total = kernels.head_loss(x, weight, y, compute_dtype(weight))
         else:
-            logits = F.linear(x, weight).float()
+            logits = F.linear(x, weight)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             total = F.cross_entropy(logits, y, reduction="sum")
         return total / (y != -100).sum().clamp(min=1)
 
