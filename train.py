@@ -50,14 +50,13 @@ RECIPES = {                                             # how each of model.PRES
 # Training -----------------------------------------------------------------------------------------
 
 def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
-    """Train for the steps first..config.steps - 1, and yield records of how it goes.
+    """Train for the steps first..config.steps - 1, and yield records: after the first step, at the
+    log and eval intervals, and at the end. Once `signals` holds something, the step is the last.
 
-    batch(step) -> idx, targets (B, T) int64 on the CPU. optimizers: {name: optimizer}. arl:
-    patterns of the sparse update; each step draws one. Once `signals` holds something, the step is
-    the last. A record comes after the first step, at the log and eval intervals, and at the end:
-    steps done, losses {pattern: nats per token}, lr, norm of the gradient before clipping, ms per
-    step, rate (tokens per second), mfu, eta (minutes). Only records make the host wait for the
-    device. ValueError if a loss or the norm is not finite, so no save, after a record, holds NaN.
+    batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update; each
+    step draws one. A record: steps done, losses {pattern: nats per token}, lr, norm of the gradient
+    before clipping, ms per step, rate (tokens per second), mfu, eta (minutes). Only records make
+    the host wait for the device. ValueError if a loss or the norm is not finite: no save holds NaN.
     """
     loss_fn = trainable(model, config)
     flops = flops_per_token(model, pattern, arl, config)
@@ -84,8 +83,10 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
                 f"{losses}, gradient norm {norm}; the last checkpoint is untouched")
         seconds = (time.perf_counter() - start) / (done - reported)
         rate = config.batch_size * config.context / seconds
-        yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate,
-                   mfu=flops * rate / peak_flops(config), eta=seconds * (config.steps - done) / 60)
+        mfu = flops * rate / peak_flops(config)
+        eta = seconds * (config.steps - done) / 60
+        yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate, mfu=mfu,
+                   eta=eta)
         if stopped:
             return
         start = time.perf_counter()
@@ -131,9 +132,9 @@ def schedule(step, config):
 
 
 def new_optimizers(model, config):
-    """{name: optimizer}, named as in checkpoints. `optimizer` is AdamW with weight decay on all its
-    parameters, as the authors have it. With --optimizer muon it has the embedding and the norms
-    only; Muon takes the matrices of the blocks, scaled so that one learning rate serves both.
+    """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it, or with
+    --optimizer muon the embedding and the norms. Muon takes the matrices of the blocks, scaled so
+    that one learning rate serves both.
     """
     mine = [p for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
     matrices = {*mine}
@@ -146,9 +147,7 @@ def new_optimizers(model, config):
 
 
 def trainable(model, config):
-    """A module that computes model.loss as the flags say: in which dtype, compiled, checkpointed,
-    on how many devices.
-    """
+    """A module (idx, targets, pattern) -> model.loss, as the flags say: dtype, compiled ..."""
     model.checkpointing = config.checkpointing
     if on_gpu(config):
         torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
@@ -214,20 +213,16 @@ def share(idx, targets, config):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")               # compiling would take longer than it saves
 def evaluate(model, windows, pattern, config):
-    """Mean loss (nats per token) over the targets of the validation windows of a Windows. Every
-    target counts, after end-of-text too, but for those that a mask excludes.
+    """Mean loss (nats per token) over the targets of a Windows, spread evenly. Those after
+    end-of-text count too, those that a mask excludes do not.
     """
-    numbers, stride = windows.evenly()
+    idx, targets = windows.cut(*windows.evenly())
     total = 0.0
-    count = 0
-    for i in range(0, len(numbers), config.eval_batch):
-        idx, targets = windows.cut(numbers[i:i + config.eval_batch], stride)
-        n = (targets != -100).sum().item()
+    for x, y in zip(idx.split(config.eval_batch), targets.split(config.eval_batch)):
         with autocast(config):
-            loss = model.loss(move(idx, config), move(targets, config), pattern)
-        total += n * loss.item()
-        count += n
-    return total / count
+            loss = model.loss(move(x, config), move(y, config), pattern)
+        total += loss.item() * (y != -100).sum().item()
+    return total / (targets != -100).sum().item()
 
 
 def bits_per_byte(loss, bytes_per_token):
@@ -241,8 +236,11 @@ PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090"
 
 def peak_flops(config):
     """FLOP/s of all devices together. Infinite for unknown cards: their MFU is then not shown."""
-    name = torch.cuda.get_device_name() if config.dtype == "bfloat16" and on_gpu(config) else ""
-    return next((WORLD * 1e12 * peak for card, peak in PEAKS.items() if card in name), math.inf)
+    if config.dtype == "bfloat16" and on_gpu(config):
+        for card, peak in PEAKS.items():
+            if card in torch.cuda.get_device_name():
+                return WORLD * 1e12 * peak
+    return math.inf
 
 
 def flops_per_token(model, pattern, arl, config):
@@ -250,11 +248,12 @@ def flops_per_token(model, pattern, arl, config):
     (the tied embedding counts once, as the head), and 12 C for each layer and key that its pattern
     allows. The rest is small and left out.
     """
+    shape = model.config
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    main, *sparse = [keys_per_token(p, model.config, config.context) for p in (pattern, *arl)]
+    main, *sparse = [keys_per_token(p, shape, config.context) for p in (pattern, *arl)]
     keys = (main + float(np.mean(sparse or main))) / 2
     n_updates = 2 if arl and not config.one_update else 1
-    return n_updates * (6 * weights + 12 * model.config.n_embd * model.config.n_layer * keys)
+    return n_updates * (6 * weights + 12 * shape.n_embd * shape.n_layer * keys)
 
 
 def keys_per_token(pattern, config, T):
@@ -269,58 +268,56 @@ def keys_per_token(pattern, config, T):
         for rule in rules:
             keys = rule.allowed(t, p)
             if rule.topk:                           # any blocks are as many keys: the first ones
-                keys |= (p < (rule.topk - 1) * rule.block) | (p // rule.block == t // rule.block)
-            total += (keys & (p <= t)).sum().item() / len(t) * n_layers / len(rules)
+                keys |= p < (rule.topk - 1) * rule.block
+                keys |= p // rule.block == t // rule.block
+            mean = (keys & (p <= t)).sum().item() / len(t)
+            total += mean * n_layers / len(rules)
     return total / config.n_layer
 
 
 # Data: uint16 tokens in train.bin and val.bin, found in a folder or made from texts ---------------
 
 class Windows:
-    """The windows of T tokens in some files, [(tokens, mask)] of `open_bin`, as batches. They are
-    numbered through all files. None reaches into the next file.
-    """
+    """The windows of T tokens in files, [(tokens, mask)] of `open_bin`, numbered through all."""
 
     def __init__(self, files, config, coder):
         self.files = files
         self.config = config
         self.coder = coder
+        self.T = config.context
 
     def __len__(self):
         return sum(len(tokens) for tokens, _ in self.files)
 
     def counts(self, stride):
-        """How many windows each file has, if one begins every `stride` tokens. Side by side, the
-        last one may lack the target of its last token.
-        """
-        last = [len(tokens) - self.config.context - (stride == 1) for tokens, _ in self.files]
+        """How many windows each file has, if one begins every `stride` tokens."""
+        # Of those side by side, the last one may lack the target of its last token.
+        last = [len(tokens) - self.T - (stride == 1) for tokens, _ in self.files]
         return np.maximum(np.array(last) // stride + 1, 0)
 
     @functools.lru_cache(2)
     def order(self, epoch):
-        count = self.counts(self.config.context).sum()
+        count = self.counts(self.T).sum()
         return np.random.default_rng((self.config.seed, epoch)).permutation(count)
 
     def batch(self, step):
         """idx, targets (B, T) of a training step, which follow from the seed and the step: windows
-        side by side, so that masked samples of T tokens stay whole, shuffled anew each epoch. The
-        target after end-of-text does not count: another document's first token can't be known.
+        side by side, as masked samples are, shuffled anew each epoch. The target after end-of-text
+        does not count: another document's first token can't be known.
         """
-        T = self.config.context
         B = self.config.batch_size
-        places = divmod(step * B + np.arange(B), self.counts(T).sum())
-        idx, targets = self.cut([self.order(epoch)[i] for epoch, i in zip(*places)], T)
-        ends = idx == (-1 if self.coder.eot is None else self.coder.eot)
-        return idx, targets.masked_fill(ends, -100)
+        places = divmod(step * B + np.arange(B), self.counts(self.T).sum())
+        numbers = [self.order(epoch)[i] for epoch, i in zip(*places)]
+        idx, targets = self.cut(numbers, self.T)
+        if self.coder.eot is not None:
+            targets = targets.masked_fill(idx == self.coder.eot, -100)
+        return idx, targets
 
     def evenly(self):
-        """Up to --eval-windows windows, spread evenly: their numbers and their stride. They begin
-        anywhere, but with masks side by side.
-        """
-        T = self.config.context
-        stride = 1 if all(mask is None for _, mask in self.files) else T
+        """Numbers of up to --eval-windows windows, spread evenly; their stride: T with masks."""
+        stride = 1 if all(mask is None for _, mask in self.files) else self.T
         total = self.counts(stride).sum()
-        most = min(self.config.eval_windows, self.counts(T).sum(), total)
+        most = min(self.config.eval_windows, self.counts(self.T).sum(), total)
         return np.linspace(0, total - 1, most).astype(int), stride
 
     def cut(self, numbers, stride):
@@ -329,26 +326,25 @@ class Windows:
         """
         counts = self.counts(stride)
         ends = counts.cumsum()
-        rows = torch.full((2, len(numbers), self.config.context + 1), -100)
+        rows = torch.full((2, len(numbers), self.T + 1), -100)
         for i, number in enumerate(numbers):
             file = ends.searchsorted(number, side="right")
             tokens, mask = self.files[file]
             start = (number - ends[file] + counts[file]) * stride
-            row = tokens[start:start + rows.shape[2]].astype(np.int64)
+            row = tokens[start:start + self.T + 1].astype(np.int64)
             require(row.max() < self.config.vocab_size, f"{tokens.filename}: token {row.max()} is "
                     f"beyond the vocabulary of {self.config.vocab_size}")
-            rows[:, i, :len(row)] = torch.from_numpy(row)
+            rows[0, i, :len(row)] = torch.from_numpy(row)
             if mask is not None:
-                rows[1, i, :len(row)][torch.from_numpy(mask[start:start + len(row)] != 1)] = -100
+                row[mask[start:start + len(row)] != 1] = -100
+            rows[1, i, :len(row)] = torch.from_numpy(row)
         return rows[0, :, :-1], rows[1, :, 1:]
 
 
 def load_data(config):
-    """(train, val): the Windows of config.data, which names 'stdlib', texts, folders of texts, and
-    folders of train.bin and val.bin. ValueError or OSError if they are missing or of no use.
-
-    Fills in config.tokenizer, config.vocab_size where it is open, and config.data_key, which tells
-    these tokens from others wherever they lie. If it held another key, stderr says so.
+    """(train, val): the Windows of config.data. ValueError or OSError if they are missing or of no
+    use. Fills in config.tokenizer, config.vocab_size where it is open, and config.data_key, which
+    tells these tokens from others wherever they lie. If it held another key, stderr says so.
     """
     require(all(config.data), "--data is empty: is a variable of your shell not set?")
     config.data = [each if each == "stdlib" else os.path.abspath(each) for each in config.data]
@@ -356,9 +352,9 @@ def load_data(config):
     texts = [each for each in config.data if each not in folders]
     config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
     coder = Tokenizer(config.tokenizer, config.eot)
+    require(coder.size or not texts, f"--data {' '.join(texts)}: there is no train.bin in it, and "
+            "a text needs --tokenizer bytes or gpt2")
     if texts:
-        require(coder.size, f"--data {texts[0]}: there is no train.bin in it, and a text needs "
-                "--tokenizer bytes or gpt2")
         folders.append(tokenize(texts, coder.name, config.split_on))
     sides = []
     for name in ("train.bin", "val.bin"):
@@ -366,7 +362,8 @@ def load_data(config):
         sides.append(Windows(files, config, coder))
     files = sides[0].files + sides[1].files
     if not config.vocab_size:
-        config.vocab_size = in_64s(coder.size or 1 + max(int(tokens.max()) for tokens, _ in files))
+        size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
+        config.vocab_size = in_64s(size)
     validated = sides[1].cut(*sides[1].evenly())[1] != -100
     for windows, targets in zip(sides, (sides[0].counts(1), validated)):
         require(targets.any(), f"{windows.files[0][0].filename}: no target counts in its "
@@ -387,8 +384,7 @@ def in_64s(size):
 
 def open_bin(path):
     """(tokens, mask) of a file as nanoGPT (uint16) or llm.c (1024 bytes before them) writes it,
-    mapped from disk. mask: of train.mask.bin beside it, uint8, 1 where a token counts as a target;
-    else None. ValueError for other files.
+    mapped from disk. mask: None, or train.mask.bin beside it, uint8, 1: a token counts as a target.
     """
     size = os.path.getsize(path)
     require(size and size % 2 == 0, f"{path}: {size} bytes, empty or an odd number: is it cut off")
@@ -427,8 +423,7 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}      
 
 def find_texts(source):
     """[(hash of the name, path)] of the files of a source, in this order. Links are followed, but a
-    file counts once. Hidden ones, and folders of checkpoints, are left out. ValueError if none is
-    found.
+    file counts once. Hidden ones, and folders of checkpoints, are left out.
     """
     stdlib = source == "stdlib"
     root = sysconfig.get_path("stdlib") if stdlib else source
@@ -451,8 +446,8 @@ def find_texts(source):
 
 
 def tokenize(sources, tokenizer, split_on=None):
-    """The folder under .cache with train.bin and val.bin of all texts of the sources. Texts are
-    tokenized once: the folder's name holds a hash of their names and contents.
+    """The folder under .cache with train.bin and val.bin of all texts of the sources. They are
+    tokenized once: the folder's name holds a hash of their places and contents.
     """
     sources = [sources] if isinstance(sources, str) else sources
     texts = [text for source in sources for text in find_texts(source)]
@@ -460,16 +455,14 @@ def tokenize(sources, tokenizer, split_on=None):
     for _, path in texts:
         with open(path, "rb") as f:
             key.update(hashlib.file_digest(f, "md5").digest())
-    name = os.path.basename(sources[0])[:80]
-    folder = os.path.join(".cache", f"{name}-{tokenizer}-{key.hexdigest()[:8]}")
+    folder = f".cache/{os.path.basename(sources[0])[:80]}-{tokenizer}-{key.hexdigest()[:8]}"
     if not os.path.exists(folder):
         os.makedirs(".cache", exist_ok=True)
         with tempfile.TemporaryDirectory(dir=".cache") as scratch:
-            partial = os.path.join(scratch, "new")
-            os.mkdir(partial)
-            write_tokens(texts, Tokenizer(tokenizer), split_on, partial)
+            os.mkdir(f"{scratch}/new")
+            write_tokens(texts, Tokenizer(tokenizer), split_on, f"{scratch}/new")
             with contextlib.suppress(OSError):          # another process has done it meanwhile
-                os.rename(partial, folder)
+                os.rename(f"{scratch}/new", folder)
     return folder
 
 
@@ -539,7 +532,7 @@ class Tokenizer:
         return [int(word) for word in text.split()]
 
     def write(self, document, file, size=2**20):
-        """Append a document and end-of-text to a file, so many characters at once: saves memory."""
+        """Append a document and end-of-text to a file, in pieces, to save memory."""
         for start in range(0, len(document), size):
             np.asarray(self.encode(document[start:start + size]), "<u2").tofile(file)
         np.array([self.eot], "<u2").tofile(file)
@@ -558,9 +551,7 @@ class Tokenizer:
 
 
 def bytes_per_token(windows):
-    """Mean bytes of text of a validation target. None where they can't be known: of ids, and where
-    tiktoken has no vocabulary.
-    """
+    """Mean bytes of text of a validation target; None of ids, and if tiktoken has no vocabulary."""
     if windows.coder.name == "ids":
         return None
     _, targets = windows.cut(*windows.evenly())
@@ -571,7 +562,6 @@ def bytes_per_token(windows):
 
 
 # Flags --------------------------------------------------------------------------------------------
-
 SWITCH = argparse.BooleanOptionalAction                     # --flag and --no-flag
 
 
@@ -606,18 +596,20 @@ def add_data_flags(parser):
 def add_training_flags(parser):
     """The flags of pretraining and adaptation."""
     flag = parser.add_argument
-    flag("--batch-size", type=int, default=16, help="sequences per update")
-    flag("--grad-accum", type=int, default=1, help="parts of a batch that run one by one")
-    flag("--steps", type=int, default=1000, help="batches to train on")
+    for name, default, text in (
+            ("--batch-size", 16, "sequences per update"),
+            ("--grad-accum", 1, "parts of a batch that run one by one"),
+            ("--steps", 1000, "batches to train on"),
+            ("--lr", 1e-3, "peak learning rate"),
+            ("--min-lr", 1e-6, "learning rate of the last step"),
+            ("--warmup", 0.05, "share of the steps in which the rate rises"),
+            ("--weight-decay", 0.1, "on all parameters"),
+            ("--clip", 1.0, "largest gradient norm, 0 for no limit"),
+            ("--log-interval", 10, "steps between log lines"),
+            ("--eval-interval", 250, "steps between saves and validations")):
+        flag(name, type=type(default), default=default, help=text)
     flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: of the blocks' "
          "matrices, with AdamW for the rest; give it ten times the --lr")
-    flag("--lr", type=float, default=1e-3, help="peak learning rate")
-    flag("--min-lr", type=float, default=1e-6, help="learning rate of the last step")
-    flag("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
-    flag("--weight-decay", type=float, default=0.1, help="on all parameters")
-    flag("--clip", type=float, default=1.0, help="largest gradient norm, 0 for no limit")
-    flag("--log-interval", type=int, default=10, help="steps between log lines")
-    flag("--eval-interval", type=int, default=250, help="steps between saves and validations")
     flag("--compile", action=SWITCH, help="torch.compile the blocks; default: on a GPU")
     flag("--checkpointing", action=SWITCH, default=False, help="less memory: compute anew")
     flag = parser.add_mutually_exclusive_group().add_argument
@@ -637,10 +629,10 @@ def train_flags():
     flag("--n-embd", type=int, help="width")
     flag("--vocab-size", type=in_64s, help="in 64s; default: the tokenizer's")
     flag("--recurrence", action=SWITCH, default=True, help="--no-recurrence: attention only")
-    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates, of which "
-         "each batch draws one; none: no such update; default: D64 for a dense RAT+, else none")
-    flag("--one-update", action=SWITCH, default=False, help="each batch makes the sparse update or "
-         "the main one, by lot: an ordinary model's FLOPs")
+    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates: each batch "
+         "draws one; none: no such update; default: D64 for a dense RAT+, else none")
+    flag("--one-update", action=SWITCH, default=False, help="each batch makes one of its two "
+         "updates, by lot: an ordinary model's FLOPs")
     flag("--pattern", type=pattern_flag, default="D1", help="of the main updates; names the file")
     flag("--checkpoint", help="weights to start a new run from")
     return parser
@@ -676,8 +668,8 @@ OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what check
 NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # by what starts from a checkpoint
 MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
               "checkpointing", *OF_A_CALL}
-# What may differ in a resumed run. The data's key must be the same, wherever they lie. Other steps
-# stretch the schedule of the learning rate. The others change the result by rounding at most.
+# What --resume may change: the data's place, not their key; steps, which stretch the schedule of
+# the learning rate; and what changes the result by rounding at most.
 
 
 def recorded(config):
@@ -721,13 +713,11 @@ def use_device(config):
 
 def header(model, config):
     """Print what runs on what: the first line of every script."""
-    shape = model.config
-    size = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in model.parameters()) / 1e6
     runs = "Triton kernels" if on_kernels(model.embed.weight) else "plain PyTorch"
     where = torch.cuda.get_device_name() if on_gpu(config) else "CPU"
-    print(f"{shape.name} | {size / 1e6:.2f}M parameters | {shape.n_layer} layers x {shape.n_embd}, "
-          f"{shape.n_head} heads, vocabulary {shape.vocab_size} | torch {torch.__version__} | "
-          f"{config.dtype}, {runs} on {where} | {WORLD} processes", flush=True)
+    print(f"{model.config.name} | {size:.2f}M parameters | {model.config} | torch "
+          f"{torch.__version__}, {config.dtype}, {runs} on {where} | {WORLD} processes", flush=True)
 
 
 def note(text):
@@ -754,13 +744,13 @@ def out_of_memory(error):
 
 def run(main):
     """Call main() as a script. Bad input, a missing file, a lack of memory and Ctrl-C become one
-    line on stderr and a non-zero exit. A reader that has seen enough (`| head`) ends it silently.
+    line on stderr and a non-zero exit.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):           # closed, or a notebook's
             stream.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # a reader as `head` ends it silently
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if RANK:
@@ -787,9 +777,7 @@ def file_of(pattern, out):
 
 
 def fingerprint(model):
-    """Eight hex digits that tell weights from others. Checkpoints name the first of their parents
-    so: a fine-tuned one keeps what was written in the file that it started from.
-    """
+    """Eight hex digits that tell weights from others; checkpoints name their first parent so."""
     weights = model.embed.weight.detach().float().cpu().numpy()
     return hashlib.md5(weights.tobytes()).hexdigest()[:8]
 
@@ -803,9 +791,8 @@ def save(path, model, optimizers=None, **meta):
 
 
 def open_log(path, config, first=0):
-    """The JSONL log beside the checkpoint `path`, open for adding. A new run creates it, so that
-    another run's files are refused there, or with --overwrite renamed. A resumed run keeps the
-    records of its first steps, but for lines that a crash has torn.
+    """The JSONL log beside the checkpoint `path`, open for adding. A new run creates it: files of
+    another run are refused, or with --overwrite renamed. A resumed one keeps its first records.
     """
     if RANK:
         return open(os.devnull, "w")
@@ -819,7 +806,7 @@ def open_log(path, config, first=0):
         return open(log_path, "x")
     log = open(log_path, "a+", errors="replace")
     log.seek(0)
-    records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in log]
+    records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in log]     # None: torn
     log.truncate(0)
     log.writelines(each[0] for each in records if each and int(each[1]) <= first)
     return log
@@ -845,9 +832,7 @@ def log_line(record, config, pattern):
 # Pretraining and fine-tuning ----------------------------------------------------------------------
 
 def settle(parser, argv):
-    """(config, path, model, meta) of a run; model and meta of the checkpoint that it starts from,
-    if any. A checkpoint's flags are defaults, the shape of its model too.
-    """
+    """(config, path, model, meta) of a run; the last two of the checkpoint it starts from."""
     config = parser.parse_args(argv)
     start = file_of(config.pattern, config.out) if config.resume else config.checkpoint
     model, meta = load_checkpoint(start) if start else (None, {})
