@@ -56,7 +56,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update; each
     step draws one. A record: steps done, losses {pattern: nats per token}, lr, norm of the gradient
     before clipping, ms per step, rate (tokens per second), mfu, eta (minutes). Only records make
-    the host wait for the device. ValueError if a loss or the norm is not finite: no save holds NaN.
+    the host wait for the device. ValueError if one is not finite, or the norm 0: no save holds NaN.
     """
     loss_fn = trainable(model, config)
     flops = flops_per_token(model, pattern, arl, config)
@@ -79,8 +79,9 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         values = torch.stack((*losses.values(), norm / WORLD)).double().cpu()
         *values, norm = summed(values).tolist()
         losses = dict(zip(losses, values))
-        require(math.isfinite(sum(values) + norm), f"training stopped at step {done}: losses "
-                f"{losses}, gradient norm {norm}; the last checkpoint is untouched")
+        healthy = math.isfinite(sum(values) + norm) and (norm > 0 or max(values) == 0)
+        require(healthy, f"training stopped at step {done}: losses {losses}, gradient norm {norm}; "
+                "the last checkpoint is untouched")
         seconds = (time.perf_counter() - start) / (done - reported)
         rate = config.batch_size * config.context / seconds
         mfu = flops * rate / peak_flops(config)
@@ -713,10 +714,10 @@ def use_device(config):
 
 def header(model, config):
     """Print what runs on what: the first line of every script."""
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = sum(p.numel() for p in model.parameters())
     runs = "Triton kernels" if on_kernels(model.embed.weight) else "plain PyTorch"
     where = torch.cuda.get_device_name() if on_gpu(config) else "CPU"
-    print(f"{model.config.name} | {size:.2f}M parameters | {model.config} | torch "
+    print(f"{model.config.name} | {size / 1e6:.2f}M parameters | {model.config} | torch "
           f"{torch.__version__}, {config.dtype}, {runs} on {where} | {WORLD} processes", flush=True)
 
 
