@@ -111,11 +111,6 @@ class Rule(NamedTuple):
         """The sizes of equation (4): dilation, window, sinks."""
         return self[:3]
 
-    @property
-    def ring(self):
-        """The window, by the name of the buffer that holds it (see the cache)."""
-        return self.window
-
     def allowed(self, t, p):
         return allowed(t, p, *self.sizes)
 
@@ -206,7 +201,8 @@ def recurrence(k, v, g, state=None):
     a = F.logsigmoid(g).exp()
     rest = F.logsigmoid(-g).exp()                      # 1 - a
     states = scan(a, rest * torch.stack((k, v)), state)
-    return states[0].to(k.dtype), states[1].to(v.dtype), states[:, :, -1].clone()
+    k_rec, v_rec = states
+    return k_rec.to(k.dtype), v_rec.to(v.dtype), states[:, :, -1].clone()
 
 
 def rope_angles(t, Dh):
@@ -444,7 +440,8 @@ class GroupCache:
         self.tensors = [self.k, self.v]                # all that it allocated for positions
         self.arrived = like[:, :, 0, 0].flatten().int()
         if self.rule.topk:
-            self.summaries = block_summaries(self.k, rule.block, rule.score).clone()   # no view
+            summaries = block_summaries(self.k, rule.block, rule.score)
+            self.summaries = summaries.clone()         # no view of k
             self.tensors.append(self.summaries)
 
     def rows(self, p, t):
@@ -571,7 +568,8 @@ class Cache:
         p = torch.arange(self.length)
         counts = []
         for layer in self.layers:
-            counts.append([group.kept.allowed(len(p), p).sum().item() for group in layer.groups])
+            held = [group.kept.allowed(len(p), p) for group in layer.groups]
+            counts.append([each.sum().item() for each in held])
         return counts
 
 

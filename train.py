@@ -99,7 +99,9 @@ def updates(step, config, pattern, arl):
     --one-update it is one of the two. They follow from the seed and the step.
     """
     rng = np.random.default_rng((config.seed, step, 1))         # apart from that of the windows
-    both = [arl[rng.integers(len(arl))], pattern] if arl else [pattern]
+    both = [pattern]
+    if arl:
+        both.insert(0, arl[rng.integers(len(arl))])
     return [both[rng.integers(len(both))]] if config.one_update else both
 
 
@@ -205,8 +207,8 @@ def share(idx, targets, config):
     n = WORLD * config.grad_accum
     counts = [(y != -100).sum().item() for y in targets.chunk(n)]
     weights = [count / max(1, sum(counts)) for count in counts]
-    mine = [*zip(idx.chunk(n), targets.chunk(n), weights)][RANK::WORLD]
-    return [(move(x, config), move(y, config), weight) for x, y, weight in mine]
+    parts = [*zip(idx.chunk(n), targets.chunk(n), weights)]
+    return [(move(x, config), move(y, config), weight) for x, y, weight in parts[RANK::WORLD]]
 
 
 # Evaluation, and what is counted ------------------------------------------------------------------
@@ -717,8 +719,9 @@ def header(model, config):
     size = sum(p.numel() for p in model.parameters())
     runs = "Triton kernels" if on_kernels(model.embed.weight) else "plain PyTorch"
     where = torch.cuda.get_device_name() if on_gpu(config) else "CPU"
+    several = f" | {WORLD} processes" * (WORLD > 1)
     print(f"{model.config.name} | {size / 1e6:.2f}M parameters | {model.config} | torch "
-          f"{torch.__version__}, {config.dtype}, {runs} on {where} | {WORLD} processes", flush=True)
+          f"{torch.__version__}, {config.dtype}, {runs} on {where}{several}", flush=True)
 
 
 def note(text):
@@ -728,12 +731,20 @@ def note(text):
 
 
 def catch_signals():
-    """A list to which Ctrl-C, SIGTERM and SIGHUP (unless ignored, as by nohup) add from now on."""
+    """A list to which Ctrl-C, SIGTERM and SIGHUP (unless ignored, as by nohup) add from now on. The
+    second one ends the process at once, but not under torchrun, which passes on the first twice.
+    """
     signals = []
+
+    def catch(number, frame):
+        signals.append(number)
+        if WORLD == 1:
+            signal.signal(number, signal.default_int_handler)
+
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:       # Windows has no SIGHUP
         number = getattr(signal, name)
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *caught: signals.append(caught))
+            signal.signal(number, catch)
     return signals
 
 
@@ -805,12 +816,12 @@ def open_log(path, config, first=0):
                     "--overwrite starts anew, --out names another folder")
             os.replace(old, f"{old}.old")
         return open(log_path, "x")
-    log = open(log_path, "a+", errors="replace")
-    log.seek(0)
-    records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in log]     # None: torn
-    log.truncate(0)
-    log.writelines(each[0] for each in records if each and int(each[1]) <= first)
-    return log
+    with open(log_path, "a+", errors="replace") as old, open(f"{log_path}.tmp", "w") as log:
+        old.seek(0)
+        records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in old]     # None: torn
+        log.writelines(each[0] for each in records if each and int(each[1]) <= first)
+    os.replace(log.name, log_path)
+    return open(log_path, "a")
 
 
 def report(log, text, **record):
@@ -894,9 +905,10 @@ def main(argv=None):
     signals = catch_signals()
     with open_log(path, config, step) as log:
         size = config.steps * config.batch_size * config.context
-        report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, of {len(train) / 1e6:.3g}M; "
-               f"{len(val) / 1e6:.3g}M for validation", step=step, config=recorded(config),
-               torch=torch.__version__)
+        each = size / sum(p.numel() for p in model.parameters())
+        report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, {each:.2g} a parameter, of "
+               f"{len(train) / 1e6:.3g}M; {len(val) / 1e6:.3g}M for validation", step=step,
+               config=recorded(config), torch=torch.__version__)
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]
             report(log, log_line(record, config, config.pattern), **record)

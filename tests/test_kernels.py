@@ -122,7 +122,8 @@ def test_recurrence_takes_any_strides_and_mixed_dtypes(device):
     k = randn(2, 9, 20)
     v = randn(9, 2, 20).transpose(0, 1).half()
     g = randn(2, 20, 9).mT
-    inputs = dict(k=k, v=v, g=g, state=randn(2, 2, 20))
+    state = randn(2, 2, 20)
+    inputs = dict(k=k, v=v, g=g, state=state)
     run = named(recurrence)
     compare(run, named(recurrence_loop), LIMITS[torch.float16], **inputs)
     found = run(**inputs)
@@ -198,7 +199,8 @@ def attention_loop(q, k, v, pattern):
     rows = []
     for i in range(T):
         seen = p[rule.allowed(n - T + i, p)]
-        scores = q[:, :, i:i + 1] @ k[:, :, seen].mT / math.sqrt(q.shape[-1])
+        query = q[:, :, i:i + 1] / math.sqrt(q.shape[-1])
+        scores = query @ k[:, :, seen].mT
         rows.append(scores.softmax(-1) @ v[:, :, seen])
     return torch.cat(rows, dim=2)
 

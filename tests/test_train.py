@@ -425,7 +425,8 @@ def test_a_run_says_what_it_trains_on_and_what_a_validation_finds(capsys):
     bins(np.full(123_400, 97), [97] * 45_600)
     call(train.main, "--data", "bins", "--tokenizer", "bytes", "--arl", "D64", "--eval-batch", 4)
     out = capsys.readouterr().out
-    assert "\n0.000384M tokens to train on, of 0.123M; 0.0456M for validation\n" in out
+    assert "\n0.000384M tokens to train on, 0.044 a parameter, of 0.123M; 0.0456M for " \
+           "validation\n" in out
     val = meta_of()["val"]
     assert out.endswith(f"\nstep 0006 | val D1 {val['D1']:.4f} D64 {val['D64']:.4f} | "
                         f"{val['D1'] / math.log(2):.4f} bits per byte | saved out/dense.pt\n")
