@@ -10,7 +10,7 @@ learns this in pretraining: each batch makes a sparse update and a dense one (se
   k~_t = a_t * k~_{t-1} + (1 - a_t) * k_t      a_t = sigmoid(g_t); v~ has the same decay      (2)
   y_t  = sum over allowed p of softmax_p(RoPE(q)_t . RoPE(k~)_p / sqrt(Dh)) v~_p              (3)
   allowed: p <= t and ((p + 1) mod D == 0 or t - p <= W or p < S)                             (4)
-           with top-k blocks also: p <= t in the own block of t, or in one of K - 1 earlier blocks
+           with top-k blocks also: p <= t in t's own block, or in its K - 1 best earlier blocks
   x    = x + out_proj(sigmoid(o) * y)          then  x = x + fc2(gelu(fc1(RMSNorm(x))))       (5)
 
   code              shape            what
@@ -355,7 +355,7 @@ class Mixing(nn.Module):
         projected = self.in_proj(self.norm(x))                              # (1)
         o, q, k, v, *g = projected.split(self.widths, dim=-1)
         if cache and x.shape[1] == 1 and on_kernels(x):
-            return self.out_proj(kernels.decode(o, q, k, v, g, rope, cache))    # all of (2) to (5)
+            return self.out_proj(kernels.decode(o, q, k, v, g, rope, cache))    # (2) to (4), gate
         k_rec, v_rec = k, v
         if g:
             before = cache.state if cache else None
@@ -394,17 +394,17 @@ class Block(nn.Module):
     def forward(self, x, rope, rules, cache=None):
         x = x + self.mix(x, rope, rules, cache)
         wide = F.gelu(self.fc1(self.norm(x)))
-        if cache:                                      # a compiled step: x and wide are made once,
-            torch._dynamo.graph_break()                # not anew for each output of fc2
+        if cache:                                      # a compiled step: else x and wide would be
+            torch._dynamo.graph_break()                # fused into fc2 and made anew per output
         return x + self.fc2(wide)
 
 
 # ---- The cache: what decoding keeps, and where -----------------------------------------------
 #
 # After `length` tokens, positions 0 to length - 1, the next query is at position t = length. It may
-# attend to the W positions before it, to the grid and to the sinks. That is enough for all later
-# queries too: what leaves the window comes back for none of them. So each head group has three
-# buffers, side by side in one tensor:
+# attend to the W positions before it, to the grid and to the sinks. Later queries need no others: a
+# position that has left the window never comes back. So each head group has three buffers, side by
+# side in one tensor:
 #
 #   sinks   row p                   the positions before S
 #   ring    row S + p mod W         every position, until it is overwritten: the last W
@@ -422,8 +422,8 @@ class Block(nn.Module):
 
 class GroupCache:
     """The keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what
-    queries attend to. kept: what is held for them. summaries: of top-k blocks. arrived: counters of
-    the decoding kernel, zeros between its launches. like: one row of zeros (B, heads, 1, Dh).
+    queries attend to. kept: what is held for them. summaries: of top-k blocks. arrived: how many
+    programs of a head are done in the decoding kernel. like: a row of zeros (B, heads, 1, Dh).
     """
 
     def __init__(self, cache, rule, like):
@@ -468,35 +468,35 @@ class GroupCache:
 
     def attend(self, q, k, v):
         """Attention of q, k, v (B, heads, T, Dh), the next T positions, over themselves and what is
-        held: (B, heads, T, Dh). They are stored too, but the ring is read before: position t takes
-        the row of t - W, which t still attends to.
+        held: (B, heads, T, Dh). The ring is read before they are stored: position t takes the row
+        of t - W, which t still attends to. With a grid of D = 1 no row is taken twice.
         """
         start = self.cache.length
         end = start + q.shape[2]
         if self.kept.dilation == 1:                    # the rows are the positions
             self.store(k, v, start)
             k = self.k[:, :, :end]
-            if self.rule.topk:                         # for later steps
+            if self.rule.topk:                         # the decoding kernel reads them
                 blocks = block_summaries(k, self.rule.block, self.rule.score)
                 self.summaries[:, :, :blocks.shape[2]] = blocks
             return attend(q, k, self.v[:, :, :end], self.rule)
         p = torch.arange(start, device=q.device)
         if on_kernels(q):
-            p = p[max(start - self.kept.window, 0):]   # kernels read sinks and grid in place
+            p = p[max(start - self.kept.window, 0):]   # the kernel reads the others in place
         else:
-            p = p[self.kept.allowed(start, p)]
-        near_k = k
-        near_v = v
+            p = p[self.kept.allowed(start, p)]         # later queries see no others
+        keys = k
+        values = v
         if len(p):
             rows = self.rows(p, start)
-            near_k = torch.cat((self.k[:, :, rows], k), dim=2)
-            near_v = torch.cat((self.v[:, :, rows], v), dim=2)
+            keys = torch.cat((self.k[:, :, rows], k), dim=2)
+            values = torch.cat((self.v[:, :, rows], v), dim=2)
         self.store(k, v, start)
         if on_kernels(q):
-            return kernels.attention_chunk(q, near_k, near_v, self, start)
+            return kernels.attention_chunk(q, keys, values, self, start)
         t = torch.arange(start, end, device=q.device)
         mask = self.kept.allowed(t[:, None], torch.cat((p, t)))
-        return F.scaled_dot_product_attention(q, near_k, near_v, mask)
+        return F.scaled_dot_product_attention(q, keys, values, mask)
 
 
 class LayerCache(NamedTuple):
@@ -596,7 +596,7 @@ class RATPlus(nn.Module):
         for block in self.blocks:
             block.compile(**options)
 
-    def hidden(self, idx, pattern=None, cache=None):
+    def hidden(self, idx, pattern="D1", cache=None):
         """idx (B, T) -> (B, T, C): all but the last norm and the head. Appends idx to a cache."""
         require(idx.dim() == 2 and idx.shape[1] >= 1, f"tokens are (B, T >= 1), not {idx.shape}")
         t = torch.arange(idx.shape[1], device=idx.device)
@@ -610,8 +610,8 @@ class RATPlus(nn.Module):
         for i, block in enumerate(self.blocks):
             rules = pattern.rules(i)
             if cache:
-                step = len(t) == 1 and on_kernels(x)
-                run = block if step else block._call_impl      # not compiled, for any length
+                one = len(t) == 1 and on_kernels(x)
+                run = block if one else block._call_impl       # a chunk: not compiled, T varies
                 x = run(x, rope, rules, cache.layers[i])
             elif self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, rules, use_reentrant=False)
@@ -670,9 +670,10 @@ class RATPlus(nn.Module):
     def stream(self, idx, n_new, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
         """Prefill idx (B, T), then yield up to n_new tokens (B,), each but the last appended when
         the next is asked for. A sequence that yielded `stop` yields it ever after; the stream ends
-        soon after all did. ValueError if the logits become NaN or the cache is full. With kernels
-        on a GPU the first step runs eagerly, which compiles them; later steps replay a CUDA graph
-        of a step and its sampling, which reads its position from `cache.seen`.
+        soon after all did. ValueError if the logits become NaN (within 16 tokens) or the cache is
+        full. With kernels on a GPU, prefill and the first step run eagerly, which compiles them.
+        Then a step and its sampling are captured as a CUDA graph, which all later steps replay. It
+        reads its position from `cache.seen`.
         """
         weight = self.embed.weight
         seed = torch.randint(2**62, ()).item()         # torch.manual_seed fixes it
@@ -690,7 +691,7 @@ class RATPlus(nn.Module):
             if i > 0:
                 cache.check((len(idx), 1))
                 with cache.appending(1, weight):
-                    if i == 2 and weight.is_cuda and on_kernels(weight):
+                    if i == 2 and weight.is_cuda and on_kernels(weight):       # 1 was eager
                         advance = capture(advance, generator)
                     advance()
             look = i == n_new - 1 or i % 16 == 15      # rarely: the host waits for the GPU
@@ -715,7 +716,7 @@ STREAMS = threading.local()
 def capture(step, generator):
     """The CUDA graph of step(), a list of kernels with fixed arguments, as a function that replays
     it. Capturing runs nothing. Each thread captures on a stream of its own: graphs of one stream
-    share memory for matrix products, and two threads may replay at once.
+    share memory for matrix products, which two threads that replay at once would spoil.
     """
     device = generator.device
     streams = vars(STREAMS)
@@ -748,7 +749,7 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_k is not None or top_p is not None:
         V = logits.shape[-1]
         kept, tokens = logits.topk(min(top_k or V, V))                 # the likeliest first
-        mass = (kept.softmax(-1).double() * 2**52).long()      # integers: the sum repeats on a GPU
+        mass = (kept.softmax(-1).double() * 2**52).long()      # integers add up alike in any order
         likelier = mass.cumsum(-1) - mass              # the mass of all likelier tokens
         enough = int((top_p or 1) * 2**52)
         kept = kept.masked_fill(likelier >= enough, -math.inf)
@@ -775,7 +776,7 @@ def save_checkpoint(path, model, **meta):
                 os.fsync(f.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:           # RuntimeError: torch's writer on a full disk
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise OSError(f"{path} is not saved, an older one is as it was ({reason})") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
