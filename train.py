@@ -55,8 +55,9 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
 
     batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update; each
     step draws one. A record: steps done, losses {pattern: nats per token}, lr, norm of the gradient
-    before clipping, ms per step, rate (tokens per second), mfu, eta (minutes). Only records make
-    the host wait for the device. ValueError if one is not finite, or the norm 0: no save holds NaN.
+    before clipping, ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only these
+    make the host wait for the device. ValueError if a loss or the norm is not finite, or the norm
+    is 0 while a loss is not: each save follows a record, so none holds weights of NaN.
     """
     loss_fn = trainable(model, config)
     flops = flops_per_token(model, pattern, arl, config)
@@ -73,12 +74,12 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
             losses[str(each)], norm = update(loss_fn, optimizers, parts, each, config.clip)
         done = step + 1
         stopped = summed(torch.tensor(len(signals))).item() > 0
-        due = step == first or done == config.steps or stopped
-        if not due and done % config.log_interval and done % config.eval_interval:
+        ends = stopped or done == config.steps
+        if not ends and step > first and done % config.log_interval and done % config.eval_interval:
             continue
-        values = torch.stack((*losses.values(), norm / WORLD)).double().cpu()
-        *values, norm = summed(values).tolist()
+        values = summed(torch.stack([*losses.values()]).double().cpu()).tolist()
         losses = dict(zip(losses, values))
+        norm = norm.item()                      # of the whole batch already
         healthy = math.isfinite(sum(values) + norm) and (norm > 0 or max(values) == 0)
         require(healthy, f"training stopped at step {done}: losses {losses}, gradient norm {norm}; "
                 "the last checkpoint is untouched")
@@ -87,7 +88,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         mfu = flops * rate / peak_flops(config)
         eta = seconds * (config.steps - done) / 60
         yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate, mfu=mfu,
-                   eta=eta)
+                   eta=eta, stopped=stopped)
         if stopped:
             return
         start = time.perf_counter()
@@ -137,9 +138,10 @@ def schedule(step, config):
 def new_optimizers(model, config):
     """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it, or with
     --optimizer muon the embedding and the norms. Muon takes the matrices of the blocks, scaled so
-    that one learning rate serves both.
+    that both can share a learning rate.
     """
-    mine = [p for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
+    muon = config.optimizer == "muon"
+    mine = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
     matrices = {*mine}
     rest = [p for p in model.parameters() if p not in matrices]
     decay = {"lr": config.lr, "weight_decay": config.weight_decay}
@@ -294,7 +296,7 @@ class Windows:
 
     def counts(self, stride):
         """How many windows each file has, if one begins every `stride` tokens."""
-        # Of those side by side, the last one may lack the target of its last token.
+        # Side by side, the last one may lack its last target; at a stride of 1 all must be there.
         last = [len(tokens) - self.T - (stride == 1) for tokens, _ in self.files]
         return np.maximum(np.array(last) // stride + 1, 0)
 
@@ -367,9 +369,10 @@ def load_data(config):
     if not config.vocab_size:
         size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
         config.vocab_size = in_64s(size)
-    validated = sides[1].cut(*sides[1].evenly())[1] != -100
-    for windows, targets in zip(sides, (sides[0].counts(1), validated)):
-        require(targets.any(), f"{windows.files[0][0].filename}: no target counts in its "
+    trained = sides[0].counts(1)
+    _, targets = sides[1].cut(*sides[1].evenly())
+    for windows, counts in zip(sides, (trained, targets != -100)):
+        require(counts.any(), f"{windows.files[0][0].filename}: no target counts in its "
                 f"{len(windows)} tokens: more than the --context of {config.context} are needed, "
                 "and a mask that lets some count")
     key = data_key(files)
@@ -601,7 +604,7 @@ def add_training_flags(parser):
     flag = parser.add_argument
     for name, default, text in (
             ("--batch-size", 16, "sequences per update"),
-            ("--grad-accum", 1, "parts of a batch that run one by one"),
+            ("--grad-accum", 1, "parts of a process's share that run one by one"),
             ("--steps", 1000, "batches to train on"),
             ("--lr", 1e-3, "peak learning rate"),
             ("--min-lr", 1e-6, "learning rate of the last step"),
@@ -612,7 +615,7 @@ def add_training_flags(parser):
             ("--eval-interval", 250, "steps between saves and validations")):
         flag(name, type=type(default), default=default, help=text)
     flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: of the blocks' "
-         "matrices, with AdamW for the rest; give it ten times the --lr")
+         "matrices, with AdamW for the rest; it wants ten times AdamW's --lr")
     flag("--compile", action=SWITCH, help="torch.compile the blocks; default: on a GPU")
     flag("--checkpointing", action=SWITCH, default=False, help="less memory: compute anew")
     flag = parser.add_mutually_exclusive_group().add_argument
@@ -852,8 +855,8 @@ def settle(parser, argv):
     saved = {}
     if start:
         dense = config.pattern == meta["pattern"] == "D1"       # ARL belongs to dense training
-        fresh = NOT_INHERITED | {"data_key"} | (set() if dense else {"arl"})
-        saved = inherited(meta, config, () if config.resume else fresh) | shape
+        left_out = NOT_INHERITED | {"data_key"} | (set() if dense else {"arl"})
+        saved = inherited(meta, config, () if config.resume else left_out) | shape
         saved["pattern"] = meta["pattern"]
         require("optimizer" in meta or not config.resume, f"{start} can't be resumed, as train.py "
                 "has not made it")
@@ -891,7 +894,6 @@ def main(argv=None):
                                   tokenizer=config.tokenizer, train=recorded(config))
 
     def validate():
-        save_with(step=step, val={})                        # first, as validation takes time
         losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
         save_with(step=step, val=losses)
         text = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -911,13 +913,17 @@ def main(argv=None):
                config=recorded(config), torch=torch.__version__)
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]
+            stopped = record.pop("stopped") and step < config.steps
+            due = step % config.eval_interval == 0
+            if stopped or due or step == config.steps:
+                save_with(step=step, val={})        # printing may fail, validating takes time
             report(log, log_line(record, config, config.pattern), **record)
-            if step < config.steps and step % config.eval_interval == 0:
+            if stopped:
+                own = "" if config.pattern == "D1" else f"--pattern {config.pattern} "
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, {own}"
+                                        "--resume goes on")
+            if due and step < config.steps:
                 validate()
-        if step < config.steps:
-            save_with(step=step, val={})
-            raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, the same "
-                                    "command with --resume goes on")
         validate()
 
 
