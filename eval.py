@@ -54,8 +54,7 @@ def print_row(*cells, head=False):
         print("|---" * len(cells) + "|", flush=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is evaluated: a list of rows
+# ---- What is evaluated: a list of rows -----------------------------------------------------------
 
 class Row(NamedTuple):
     pattern: Pattern
@@ -132,8 +131,7 @@ def open_rows(flags, argv):
     return first, sorted(rows, key=lambda row: order.index(row.pattern))
 
 
-# --------------------------------------------------------------------------------------------------
-# Loss, cost, and reach of the recurrence
+# ---- Loss, cost, and reach of the recurrence -----------------------------------------------------
 
 def costs(pattern, shape, T, dtype):
     """Keys per token, bytes of the cache per token, and bytes that a decoding step reads of it:
@@ -205,8 +203,7 @@ def reach(row, val, config):
     print_row("half-life", *cells)
 
 
-# --------------------------------------------------------------------------------------------------
-# Benchmarks: which choice is the likeliest after a query
+# ---- Benchmarks: which choice is the likeliest after a query -------------------------------------
 
 def read_item(line, coder, config):
     """(choices, sizes, gold, group) of a line. Exceptions of any kind if it is bad.
@@ -354,8 +351,9 @@ def benchmarks(rows, config):
             file.write(json.dumps(record) + "\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# Retrieval: values hidden in a long text, in the eight forms of RULER, in words of our own:
+# ---- Retrieval: values hidden in a long text -----------------------------------------------------
+#
+# In the eight forms of RULER, in words of our own:
 #
 #   The quiet river is near a black stone. Safe magic-cloud: 7154321. The brave horse is near ...
 #   Open magic-cloud: 7154321.

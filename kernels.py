@@ -139,9 +139,7 @@ def packed(*tensors):
 
 
 def aligned(x):
-    """x as descriptors want it: channels side by side, and rows at multiples of 16 bytes, none of
-    them shared. Copied if need be.
-    """
+    """x with channels side by side, rows at distinct multiples of 16 bytes: copied if need be."""
     unit = 16 // x.element_size()
     strides = [stride for stride, n in zip(x.stride()[:3], x.shape) if n > 1]
     ready = all(stride and stride % unit == 0 for stride in strides)
@@ -153,9 +151,7 @@ def aligned(x):
 
 
 def has_tma(x):
-    """Can tiles of x come by TMA, the Tensor Memory Accelerator of Hopper GPUs and later ones? In
-    Triton's interpreter they can too.
-    """
+    """Can tiles of x come by TMA, Hopper's Tensor Memory Accelerator? In the interpreter too."""
     return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
@@ -216,8 +212,7 @@ def load_tile(x, b, h, row, TMA, BN):
     return tile
 
 
-# ---------------------------------------------------------------------------------------------
-# Recurrence, equation (2)
+# ---- Recurrence, equation (2) --------------------------------------------------------------------
 #
 # What is slow: the definition takes T steps one after another, and each waits for the step before.
 # The idea: two steps h -> a h + u give one step of the same form. So a sequence is cut into tiles
@@ -436,7 +431,7 @@ def same_strides(*tensors):
 
 def recurrence_forward(
         k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k_rec, v_rec (B, T, C) and the state at the end (2, B, C) float32."""
+    """model.recurrence, equation (2). k, v, g: (B, T, C), any strides; state: (2, B, C) float32."""
     outputs = tuple(x.new_empty(x.shape) for x in (k, v, state))
     if not idle(k):
         launch_recurrence(recurrence_forward_kernel, CHAINS, k, v, g, state, *outputs)
@@ -455,19 +450,11 @@ def recurrence_backward(
     return outputs
 
 
-run_recurrence = differentiable(
+recurrence = differentiable(
     recurrence_forward, recurrence_backward, lambda x, y: (*x, *y[:2]), grads=3)
 
 
-def recurrence(k, v, g, state=None):
-    """model.recurrence, equation (2). k, v, g: (B, T, C), any strides; state: (2, B, C) float32."""
-    if state is None:
-        state = k.new_zeros(2, len(k), k.shape[2], dtype=torch.float32)
-    return run_recurrence(k, v, g, state)
-
-
-# ---------------------------------------------------------------------------------------------
-# RoPE, on queries and on recurrent keys
+# ---- RoPE, on queries and on recurrent keys ------------------------------------------------------
 #
 #   y1 = x1 cos - x2 sin        y2 = x2 cos + x1 sin        x1, x2: the halves of a head's channels
 #
@@ -513,9 +500,9 @@ rotate = differentiable(
     rotate_forward, lambda dy, cos, sin: [rotate(dy, cos, -sin)], lambda x, y: x[1:])
 
 
-# ---------------------------------------------------------------------------------------------
-# Who sees whom, equation (4). Positions are int32 here. The positions from t - W on are *near* to
-# a query at t.
+# ---- Who sees whom, equation (4) -----------------------------------------------------------------
+#
+# Positions are int32. Those from t - W on are *near* to a query at t.
 
 FAR = constexpr(2**30)                                 # beyond every query; so T < 2^30
 LOWEST = constexpr(-3e38)                              # below all scores, but finite
@@ -553,8 +540,7 @@ def lasting(j, n, RULE):
     return tl.where(j < n, p, FAR)
 
 
-# ---------------------------------------------------------------------------------------------
-# Sparse attention, equations (3) and (4)
+# ---- Sparse attention, equations (3) and (4) -----------------------------------------------------
 #
 # What is slow: the definition scores all T x T pairs and then masks nearly all of them.
 # The idea: the keys that a query at t sees are of three kinds, and for it each is of one only:
@@ -589,9 +575,7 @@ def dot_pairs(x, y):
 
 @jit
 def add_scores(s, v, scale, acc, l, m):
-    """BN more keys in the online softmax. s (BM, BN): their products with the queries, -inf where
-    not seen; v (BN, BD); acc (BM, BD); l, m (BM,).
-    """
+    """BN more keys in the online softmax. s (BM, BN): q . k, -inf where not seen; v (BN, BD)."""
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
     prob = tl.exp2(s * scale - m_new[:, None])
     shrink = tl.exp2(m - m_new)
@@ -624,9 +608,7 @@ def sees_rows(t, row, origin, KIND, RULE):
 
 @jit
 def attend(q, k, v, b, h, t, begin, end, origin, scale, acc, l, m, KIND, RULE, TMA, BN, STAGES):
-    """acc, l, m of the softmax of the queries at begin .. end - 1 after all keys of a kind. k, v:
-    its rows, as tiles_of gives them.
-    """
+    """acc (BM, BD), l, m (BM,) of queries begin .. end - 1 after a kind's keys k, v: tiles_of."""
     # They see rows from `first` on and before `stop`. `whole` of these, a multiple of BN, from
     # `inner` on, are seen by all queries: they need no mask.
     far_from_all = tl.maximum(begin - RULE.window, 0)  # keys before this position
@@ -839,8 +821,7 @@ def attention_backward_kv_kernel(
 
 # Tiles for heads of up to 128 and 256 bytes: the fastest on an H100, in 99 KiB of shared memory.
 TILES = {
-    "forward": (dict(BM=64, BN=64, STAGES=2, maxnreg=128),
-                dict(BM=64, BN=32, STAGES=2, maxnreg=128)),
+    "forward": [dict(BM=64, BN=BN, STAGES=2, maxnreg=128) for BN in (64, 32)],
     "backward q": (dict(BM=64, BN=32, STAGES=2, maxnreg=128), dict(BM=64, BN=32, STAGES=3)),
     "backward kv": (dict(BM=32, BN=64, STAGES=3, maxnreg=168), dict(BM=32, BN=64, STAGES=3)),
     "choose": (dict(BN=64, STAGES=3),) * 2,
@@ -981,9 +962,7 @@ run_attention = differentiable(attention_forward, attention_backward, lambda x, 
 
 
 def attention(q, k_rec, v_rec, dilation, window, sinks):
-    """Equation (3), model.attend. q: (B, H, T, Dh), k_rec, v_rec: (B, H, n, Dh), any strides.
-    ValueError for too wide heads.
-    """
+    """Equation (3), model.attend, for tensors of any strides. ValueError for too wide heads."""
     return run_attention(q, k_rec, v_rec, [dilation, window, sinks])[0]
 
 
@@ -999,16 +978,14 @@ def attention_chunk(q, k_near, v_near, cache, start):
     return y
 
 
-# ---------------------------------------------------------------------------------------------
-# Decoding: one token of each sequence, all that lies between in_proj and out_proj
+# ---- Decoding: one token of each sequence, all that lies between in_proj and out_proj ------------
 #
 # What is slow: a dozen small operations, each a launch, and a mask over rows. Here it is one launch
 # per head group. A head has `splits` programs. Each loads the token, one head wide, and attends
 # over its share of the keys. The last to get there does the rest: it joins the shares, adds the
 # token as one more key, and stores. For B sequences of h heads and n keys, in bf16:
 #
-#   all         read 4 B h n Dh bytes, and 18 B h splits Dh of in_proj's output and the state;
-#               write their shares, 4 B h splits (Dh + 2), if a head has several programs
+#   all         read 4 B h n Dh bytes of keys and values, and 18 B h splits Dh of the token
 #   the last    read the shares; write 8 B h Dh of state, 2 of y, 4 of keys and values a buffer
 #
 # The number of tokens seen, `seen`, is read on the device: one CUDA graph serves every position.
@@ -1319,9 +1296,7 @@ def decode_choose_kernel(
 
 
 def split_count(programs, keys, BN, device):
-    """How many programs share the keys of a head: at most 32, about four on each processor of the
-    GPU, with at least two tiles for each once the cache is full.
-    """
+    """How many programs share a head's keys: about four a processor, two tiles each or more."""
     if device.type != "cuda":
         return 1
     units = torch.cuda.get_device_properties(device).multi_processor_count
@@ -1386,8 +1361,7 @@ def decode(o, q, k, v, g, rope, cache, splits=None):
     return y
 
 
-# ---------------------------------------------------------------------------------------------
-# Top-k blocks: the choice
+# ---- Top-k blocks: the choice --------------------------------------------------------------------
 #
 # What is slow: each query and head chooses for itself, so 64 queries want nearly all of the blocks:
 # the arithmetic of dense attention. One by one they would read K N keys each, 512 KB from the L2
@@ -1415,9 +1389,7 @@ BOTTOM = constexpr(-0x7f800001 * 2**31)                # -inf as the search has 
 
 @jit
 def score_blocks(q, summaries, b, h, block, own, stop, MINMAX):
-    """Scores (BM, BN) of blocks (BN,), which are read before `stop`, for q (BM, BD): -inf from the
-    query's own block on. NaN counts as the least score.
-    """
+    """Scores (BM, BN) of blocks before `stop`; -inf from the query's own on. NaN is the least."""
     high = load_rows(summaries, b, h, block, block < stop)                              # (BN, BD)
     if MINMAX:  # maxima, then minima
         at, mask = rows_at(summaries, b, h, block, block < stop)
@@ -1558,8 +1530,7 @@ def list_kernel(
     tl.store(pairs + at, i * K + j, mask=live)
 
 
-# ---------------------------------------------------------------------------------------------
-# Top-k blocks: attention
+# ---- Top-k blocks: attention ---------------------------------------------------------------------
 #
 #   blocks   part_j = softmax_p(q . k~_p / sqrt(Dh)) v~_p over the j-th chosen block of a query, and
 #            lse_j, its log2-sum-exp2
@@ -1594,9 +1565,7 @@ def load_pairs(pairs, e0, list_end, T, K, BM):
 
 @jit
 def sees_in_block(t, p, stop, RULE, REST):
-    """Does a query at t attend to key p of a chosen block, which ends before `stop`? REST: not if
-    equation (4) allows it.
-    """
+    """Does t attend to p of a chosen block, which ends before `stop`? REST: not if (4) allows."""
     sees = p <= tl.minimum(t - RULE.window - 1 if REST else t, stop - 1)
     if REST:
         sees = sees & (is_lasting(p, RULE) == 0)
@@ -1759,9 +1728,7 @@ def choose_blocks(q, summaries, end, block, topk):
 def topk_forward(
         q: Tensor, k_rec: Tensor, v_rec: Tensor, summaries: Tensor, rule: list[int]
         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and lse of the last T of k's positions, and their choice: pairs, ends. rule: dilation,
-    window, sinks, block, topk.
-    """
+    """y and lse of the last T of k's positions, and their choice: pairs, ends. rule: Rule[:5]."""
     *sizes, block, topk = rule
     rest = any(sizes)
     B, H, T, Dh = q.shape
@@ -1842,8 +1809,7 @@ def attention_topk(q, k_rec, v_rec, rule, summaries):
     return torch.cat(y, dim=2) if len(y) > 1 else y[0]
 
 
-# ---------------------------------------------------------------------------------------------
-# The output head and its loss
+# ---- The output head and its loss ----------------------------------------------------------------
 #
 # What is slow: PyTorch holds the logits of all N = B T tokens, N V numbers, several times over.
 # Here tokens go by in chunks. A chunk's logits z become their own gradient in place, and the

@@ -60,7 +60,7 @@ def require(condition, message):
         raise ValueError(message)
 
 
-# ---- Patterns: who may attend to whom (4) ----------------------------------------------------
+# ---- Patterns: who may attend to whom (4) --------------------------------------------------------
 
 def on_grid(p, dilation):
     """Is p the last of its `dilation` positions? Dilation 0 means that there is no grid."""
@@ -155,7 +155,7 @@ class Pattern(NamedTuple):
         return rule.allowed(t[:, None], t)
 
 
-# ---- The definitions: the recurrence (2), RoPE, attention (3) --------------------------------
+# ---- The definitions: the recurrence (2), RoPE, attention (3) ------------------------------------
 
 def compute_dtype(x):
     """The dtype of matrix products with x: autocast's where it is on, else that of x."""
@@ -301,7 +301,7 @@ def best_blocks(q, summaries, t, rule):
     return best & (b < own) | (b == own)
 
 
-# ---- The layer -------------------------------------------------------------------------------
+# ---- The layer -----------------------------------------------------------------------------------
 
 @dataclass
 class RATConfig:
@@ -399,7 +399,7 @@ class Block(nn.Module):
         return x + self.fc2(wide)
 
 
-# ---- The cache: what decoding keeps, and where -----------------------------------------------
+# ---- The cache: what decoding keeps, and where ---------------------------------------------------
 #
 # After `length` tokens, positions 0 to length - 1, the next query is at position t = length. It may
 # attend to the W positions before it, to the grid and to the sinks. Later queries need no others: a
@@ -573,7 +573,7 @@ class Cache:
         return counts
 
 
-# ---- The model -------------------------------------------------------------------------------
+# ---- The model -----------------------------------------------------------------------------------
 
 class RATPlus(nn.Module):
     """The language model. Its weights know no pattern: every call names one, as text or Pattern.
@@ -730,7 +730,7 @@ def capture(step, generator):
     return graph.replay
 
 
-# ---- Sampling --------------------------------------------------------------------------------
+# ---- Sampling ------------------------------------------------------------------------------------
 
 def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a token (B,) from logits (B, V), in float32, without waiting for a GPU; -1 where a row
@@ -760,7 +760,7 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return (probs / e).argmax(-1).masked_fill(lost, -1)
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 def save_checkpoint(path, model, **meta):
     """Write the weights, the config and `meta` (plain values and tensors) so that `path` is always
@@ -839,7 +839,7 @@ def from_authors(data):
     return {"config": asdict(config), "model": weights, "step": data.get("step")}
 
 
-# ---- A pattern as a drawing ------------------------------------------------------------------
+# ---- A pattern as a drawing ----------------------------------------------------------------------
 
 def draw(pattern, T):
     """Print a Pattern's masks: D on the grid, else S a sink, else W in the window, else a dot."""

@@ -56,8 +56,7 @@ def state_bytes(cache):
     return sum(layer.state.nbytes for layer in cache.layers)
 
 
-# --------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ----------------------------------------------------------------------------------------
 
 def write(path, model, meta, flags):
     """Print a text as it is generated, then what it cost."""
@@ -98,8 +97,7 @@ def summary(n_prompt, stamps, cache, config):
             f"({cache.nbytes / dense:.1%})")
 
 
-# --------------------------------------------------------------------------------------------------
-# Bench
+# ---- Bench ---------------------------------------------------------------------------------------
 
 def bench(name, model, flags):
     """Print a Markdown table: D1, the patterns, each with one sequence and the largest batch."""

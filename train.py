@@ -47,7 +47,7 @@ RECIPES = {                                             # how each of model.PRES
     "paper-7.6b": dict(context=4096, batch_size=512, grad_accum=512, steps=47684, lr=2e-4),
 }
 
-# Training -----------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     """Train for the steps first..config.steps - 1, and yield records: after the first step, at the
@@ -213,7 +213,7 @@ def share(idx, targets, config):
     return [(move(x, config), move(y, config), weight) for x, y, weight in parts[RANK::WORLD]]
 
 
-# Evaluation, and what is counted ------------------------------------------------------------------
+# ---- Evaluation, and what is counted -------------------------------------------------------------
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")               # compiling would take longer than it saves
@@ -280,7 +280,7 @@ def keys_per_token(pattern, config, T):
     return total / config.n_layer
 
 
-# Data: uint16 tokens in train.bin and val.bin, found in a folder or made from texts ---------------
+# ---- Data: uint16 tokens in train.bin and val.bin, found in a folder or made from texts ----------
 
 class Windows:
     """The windows of T tokens in files, [(tokens, mask)] of `open_bin`, numbered through all."""
@@ -567,7 +567,7 @@ def bytes_per_token(windows):
         return np.average(sizes, weights=counts)
 
 
-# Flags --------------------------------------------------------------------------------------------
+# ---- Flags ---------------------------------------------------------------------------------------
 SWITCH = argparse.BooleanOptionalAction                     # --flag and --no-flag
 
 
@@ -715,7 +715,7 @@ def use_device(config):
     config.dtype = config.dtype or ("bfloat16" if on_gpu(config) else "float32")
 
 
-# A script as a whole: what it prints and saves, how it ends ---------------------------------------
+# ---- A script as a whole: what it prints and saves, how it ends ----------------------------------
 
 def header(model, config):
     """Print what runs on what: the first line of every script."""
@@ -844,7 +844,7 @@ def log_line(record, config, pattern):
             f"{mfu} | ETA {record['eta']:.1f} min")
 
 
-# Pretraining and fine-tuning ----------------------------------------------------------------------
+# ---- Pretraining and fine-tuning -----------------------------------------------------------------
 
 def settle(parser, argv):
     """(config, path, model, meta) of a run; the last two of the checkpoint it starts from."""

@@ -51,8 +51,7 @@ def with_gradients(run, inputs):
     return lambda: torch.autograd.grad(first_of(run(*inputs)), inputs, gradient)
 
 
-# ---------------------------------------------------------------------------------------------
-# Peers
+# ---- Peers ---------------------------------------------------------------------------------------
 
 def scan(k, v, g):
     """Equation (2) by PyTorch's associative_scan in float32: k_rec and v_rec."""
@@ -97,18 +96,19 @@ def flex(qkv, rule):
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
 
 
-# ---------------------------------------------------------------------------------------------
-# Work
+# ---- Work ----------------------------------------------------------------------------------------
 
 def recurrence_rows():
     for B, T, C in (4, 8192, 2048), (1, 65536, 2048), (32, 2048, 512):
         kvg = randn(B, T, 5 * C).split(C, dim=-1)[2:]
+        state = torch.zeros(2, B, C, device="cuda")
         work = f"recurrence, B{B} T{T} C{C}"
         n = B * T * C
         peer = torch.compile(scan, dynamic=False)      # its gradient takes minutes to compile
-        yield Row(work, lambda: kernels.recurrence(*kvg), 10 * n, 0,
+        yield Row(work, lambda: kernels.recurrence(*kvg, state), 10 * n, 0,
                   {"associative_scan": lambda: peer(*kvg)})
-        yield Row(f"{work}, forward + backward", with_gradients(kernels.recurrence, kvg), 30 * n)
+        yield Row(f"{work}, forward + backward", with_gradients(kernels.recurrence, (*kvg, state)),
+                  30 * n)
 
 
 def forward_and_backward(work, run, inputs, forward_bytes, all_bytes, flops, peers):
@@ -190,8 +190,7 @@ def decode_rows():
             yield Row(work, run, 4 * B * H * Dh * n, 0, {"SDPA of one query": one})
 
 
-# ---------------------------------------------------------------------------------------------
-# The table
+# ---- The table -----------------------------------------------------------------------------------
 
 def limits():
     """Bytes per ms of a copy, read and written, and FLOP per ms of a matrix product, both here."""

@@ -59,7 +59,7 @@ def assert_steps(model, idx, pattern, cache, first):
     assert cache.length == cache.seen.item() == idx.shape[1]
 
 
-# ---- What the cache holds, and where ---------------------------------------------------------
+# ---- What the cache holds, and where -------------------------------------------------------------
 
 RULES = ["D1", "D4", "D16W10S4", "D8W5", "D64", "W12S4", "W0", "S5", "D4W3S9", "D5W96S96", "D1W3S2",
          "D3W7S40"]
@@ -129,7 +129,7 @@ def test_bytes_are_rows_and_the_float32_state(pattern, rows):
             assert cache.nbytes == expected, "filling the cache allocates nothing that stays"
 
 
-# ---- Prefill and step ------------------------------------------------------------------------
+# ---- Prefill and step ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(24))
 def test_decode_matches_forward(seed):
@@ -240,7 +240,7 @@ def test_a_cache_goes_in_and_out_of_inference_mode():
     assert_steps(model, idx, "D4W3S1", cache, 6)
 
 
-# ---- What a cache refuses, and what it is worth afterwards -----------------------------------
+# ---- What a cache refuses, and what it is worth afterwards ---------------------------------------
 
 @pytest.fixture
 def filled():
@@ -311,7 +311,7 @@ def test_the_dtype_of_a_cache_is_fixed_when_it_is_made(device):
         assert layer.state.dtype == torch.float32
 
 
-# ---- Generation ------------------------------------------------------------------------------
+# ---- Generation ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("pattern", ["D1", "D4W3S2", "W5S1", "D1/D8,D4", "D1/D4N4K2,N8K2:last"])
@@ -461,7 +461,7 @@ def test_threads_generate_as_if_alone():
         assert x.equal(want.cpu())
 
 
-# ---- Sampling --------------------------------------------------------------------------------
+# ---- Sampling ------------------------------------------------------------------------------------
 
 def test_sampling_draws_the_right_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
@@ -506,7 +506,7 @@ def test_impossible_sampling_is_refused(wrong):
     assert_refused(lambda: choose(torch.zeros(1, 4), **wrong), *wrong)
 
 
-# ---- On a GPU --------------------------------------------------------------------------------
+# ---- On a GPU ------------------------------------------------------------------------------------
 
 def on_gpu(dtype=torch.float32):
     """A model of head width 32, scaled so that its choices matter."""

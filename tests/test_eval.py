@@ -94,8 +94,7 @@ def naive_loss(model, pattern, n=6):
     return np.mean(losses)
 
 
-# --------------------------------------------------------------------------------------------------
-# Which rows, which losses
+# ---- Which rows, which losses --------------------------------------------------------------------
 
 def test_a_folder_is_its_dense_weights_and_what_was_adapted_from_them(capsys):
     on_cpu("--eval-batch", 5)
@@ -216,8 +215,7 @@ def test_bad_flags_are_an_error_in_words(flags, why):
     assert not os.path.exists("new")
 
 
-# --------------------------------------------------------------------------------------------------
-# Costs and reach
+# ---- Costs and reach -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("text", ["D1", "D4", "W0", "D4W3S2", "D1/D4", "D1,W3", "N4K2:minmax",
@@ -249,8 +247,7 @@ def test_reach_is_the_half_life_of_the_decays(capsys):
     assert cells[:3] == ["half-life", first, "1.0 (1.0 to 1.0)"] and len(cells) == 4
 
 
-# --------------------------------------------------------------------------------------------------
-# Benchmarks
+# ---- Benchmarks ----------------------------------------------------------------------------------
 
 ITEMS = [                                               # query, choices, gold, group
     ("1 + 1", ["= 2", "= 7", "is"], 0),
@@ -405,8 +402,7 @@ def test_scores_are_printed_before_they_are_written(capsys):
     refused("--choices", "a.jsonl", "--checkpoint", "nan.pt", why="not finite")
 
 
-# --------------------------------------------------------------------------------------------------
-# Retrieval
+# ---- Retrieval -----------------------------------------------------------------------------------
 
 NEEDLE = r" Safe ([\w-]+): ([\w-]+)\."
 QUESTION = r"\nOpen ([\w, -]+): ([\w, -]+)\."

@@ -70,8 +70,7 @@ def compare(run, definition, limit=1e-5, floor=1e-30, **inputs):
         assert_same(name, x, expected[name], limit, floor)
 
 
-# ---------------------------------------------------------------------------------------------
-# Recurrence and RoPE
+# ---- Recurrence and RoPE -------------------------------------------------------------------------
 
 def recurrence_loop(k, v, g, state):
     """Equation (2) as it is written. These forms of a and 1 - a keep their gradients precise."""
@@ -181,8 +180,7 @@ def test_rotate_turns_pairs_of_channels_by_their_angles(device, T, Dh, dtype):
     compare(run, turned, LIMITS[dtype], x=x)
 
 
-# ---------------------------------------------------------------------------------------------
-# Attention
+# ---- Attention -----------------------------------------------------------------------------------
 
 def heads_of(x):
     """q, k, v (B, h, T, Dh): the middle heads of x (B, T, 3, H, Dh), not contiguous."""
@@ -308,8 +306,7 @@ def test_attention_under_autocast(device):
     assert_same("y", y, attention_loop(*heads_of(x), "D4W3S2"), 2e-2)
 
 
-# ---------------------------------------------------------------------------------------------
-# Where a cache keeps what a step reads
+# ---- Where a cache keeps what a step reads -------------------------------------------------------
 
 @triton.jit
 def keys_kernel(out, RULE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
@@ -342,8 +339,7 @@ def test_a_step_reads_the_rows_that_the_cache_says(pattern):
             assert sorted(at) == sorted(want[i].tolist()), f"{name} at {t}"
 
 
-# ---------------------------------------------------------------------------------------------
-# Decoding
+# ---- Decoding ------------------------------------------------------------------------------------
 
 def layer_cache(pattern, max_len, B=2, H=2, Dh=8, dtype=torch.float32, recurrent=True):
     """An empty LayerCache on the kernels' device, whose state is drawn."""
@@ -451,8 +447,7 @@ def test_a_chunk_reads_lasting_keys_from_the_cache(kernels_on, pattern):
         assert_same(f"y of {start} to {end}", y, expected[:, :, start:])
 
 
-# ---------------------------------------------------------------------------------------------
-# As PyTorch sees them
+# ---- As PyTorch sees them ------------------------------------------------------------------------
 
 def test_operators_are_registered_as_pytorch_wants_them():
     """Schema, autograd, fakes (strides too), AOT dispatch with static and dynamic shapes."""

@@ -76,7 +76,7 @@ def gradients(model, idx, pattern):
     return dict(zip(names, torch.autograd.grad(loss, weights)))
 
 
-# ---- The authors' outputs --------------------------------------------------------------------
+# ---- The authors' outputs ------------------------------------------------------------------------
 
 def authors(prefix):
     """The golden weights as the authors' bare state dict."""
@@ -165,7 +165,7 @@ def test_of_equal_scores_the_earliest_block_is_chosen_and_nan_is_the_least():
     assert best_of(q, k.fill_(math.nan), "N8K2")[-1] == [0, 4], "the own block always"
 
 
-# ---- The layer and the model -----------------------------------------------------------------
+# ---- The layer and the model ---------------------------------------------------------------------
 
 def random_rule(rng, longest=40):
     fields = []
@@ -419,7 +419,7 @@ def test_without_kernels_py_the_model_trains_generates_and_saves(tmp_path, monke
     assert tokens.equal(loaded.generate(idx, 8, "D4W2S1", temperature=0))
 
 
-# ---- Refusals: one line that names the argument, the same on both paths ----------------------
+# ---- Refusals: one line that names the argument, the same on both paths --------------------------
 
 def refusals(device):
     k = torch.randn(3, 9, 8, device=device)
@@ -469,7 +469,7 @@ def test_tensors_of_two_devices_are_refused():
         assert_refused(call, "cuda")
 
 
-# ---- Patterns --------------------------------------------------------------------------------
+# ---- Patterns ------------------------------------------------------------------------------------
 
 CANONICAL = {
     "D16": "D16", "D1": "D1", "D16W256S4": "D16W256S4", "D1,D64": "D1,D64", "D1/D64": "D1/D64",
@@ -536,7 +536,7 @@ def test_model_py_draws_a_pattern(monkeypatch, capsys):
         assert_refused(lambda: run(*arguments), why, kind=SystemExit)   # a text: exit status 1
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 def assert_same_model(a, b):
     assert a.config == b.config

@@ -189,8 +189,7 @@ def test_keys_that_no_query_chose_are_not_read(kernels_on):
     assert before.equal(attend(q, k, v, rule))
 
 
-# ---------------------------------------------------------------------------------------------
-# Decoding
+# ---- Decoding ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("pattern, splits", [
     ("N3K2", None),

@@ -160,7 +160,7 @@ def stopped(step, act, main, *args, updates=train.updates):
     return str(error.value)
 
 
-# Whole runs against the same runs written out -----------------------------------------------------
+# ---- Whole runs against the same runs written out ------------------------------------------------
 
 def batches_by_hand(tokens, config, T=16, B=4):
     """idx, targets of each step. The last token has no target."""
@@ -271,7 +271,7 @@ def test_adaptation_is_the_loop_written_out_and_prints_its_table(capsys):
     assert meta["train"] == meta_of()["train"], "how the parent was pretrained"
 
 
-# The loop -----------------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flag, expected", [
     ("--no-one-update", {"D2 D1": 200, "D4 D1": 200}),
@@ -352,7 +352,7 @@ def test_compile_is_on_by_default_on_a_gpu_alone(monkeypatch, device, flags, com
     assert len(compiled) == compiles and model.checkpointing
 
 
-# Numbers that are printed or recorded -------------------------------------------------------------
+# ---- Numbers that are printed or recorded --------------------------------------------------------
 
 @pytest.mark.parametrize("recurrence, flag, arl", [
     (1, "", []), (0, "", ["D4"]), (1, "", ["D4", "W2,D8"]), (1, "--one-update", ["D4"])])
@@ -444,7 +444,7 @@ def test_bits_per_byte_are_of_the_text_that_the_targets_stand_for(monkeypatch, f
     assert train.bits_per_byte(3 * math.log(2), 1.5) == pytest.approx(2)
 
 
-# Batches and .bin files ---------------------------------------------------------------------------
+# ---- Batches and .bin files ----------------------------------------------------------------------
 
 def test_windows_lie_side_by_side_and_each_is_read_once_an_epoch():
     """8 + 5 windows of 8, in two files. Batches of 4 cross the ends of epochs."""
@@ -551,7 +551,7 @@ def test_other_data_are_warned_of_the_same_elsewhere_are_not(dense, capsys, toke
         call(train.main, "--data", "other", "--resume")
 
 
-# Texts and tokenizers -----------------------------------------------------------------------------
+# ---- Texts and tokenizers ------------------------------------------------------------------------
 
 def split(source="text", **given):
     """The documents on both sides of a tokenized source."""
@@ -646,7 +646,7 @@ def test_a_tokenizer_gives_back_its_text(name):
     assert list(coder.encode("Hi")) == {"bytes": [72, 105], "gpt2": [17250]}[name]
 
 
-# Saving, resuming, stopping -----------------------------------------------------------------------
+# ---- Saving, resuming, stopping ------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", ["", "--optimizer muon", "--one-update --arl D2 D4"])
 def test_a_killed_run_goes_on_to_the_bit(capsys, flags):
@@ -760,7 +760,7 @@ def test_a_signal_to_the_script_saves_and_says_how_to_go_on(read):
     assert meta_of()["step"] == step + 1 == max(losses())
 
 
-# What is inherited: presets, fine-tuning, adaptation ----------------------------------------------
+# ---- What is inherited: presets, fine-tuning, adaptation -----------------------------------------
 
 @pytest.mark.parametrize("preset, expected", [
     ("laptop", "4 4 128 | 256 16 1 120 120 adamw 0.004"),
@@ -881,7 +881,7 @@ def test_adaptation_takes_a_hundredth_of_the_steps(dense, steps, lr, expected):
     assert (config.seed, config.dtype, config.eot) == (0, "float32", EOT)
 
 
-# Bad input, processes -----------------------------------------------------------------------------
+# ---- Bad input, processes ------------------------------------------------------------------------
 
 NAMED = ("--steps many; --steps 0; --clip -1; --lr nan; --lr inf; --vocab-size 0; --batch-size 0; "
          "--context -5; --seed -1; --data=; --eval-windows 0; --preset huge; --arl D-1; "
@@ -914,7 +914,7 @@ def test_bad_input_is_refused(script, args, why):
     refused(adapt.main if script == "adapt" else train.main, *start, *args.split(), why=why)
 
 
-# Other people's machines --------------------------------------------------------------------------
+# ---- Other people's machines ---------------------------------------------------------------------
 
 @pytest.fixture
 def quiet_signals(monkeypatch):
