@@ -183,9 +183,10 @@ def losses(rows, config):
 def reach(row, val, config):
     """Print the half-lives of each layer, at every 16th position of --eval-batch windows."""
     found = []
+    widths = row.model.blocks[0].mix.widths
 
     def keep(module, inputs, projected):
-        g = projected[:, ::16, -row.model.config.n_embd:].float().cpu()
+        *_, g = projected[:, ::16].float().cpu().split(widths, dim=-1)
         found.append(math.log(2) / F.softplus(-g))              # softplus(-g) = -ln a
 
     for block in row.model.blocks:

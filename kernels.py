@@ -500,9 +500,7 @@ rotate = differentiable(
     rotate_forward, lambda dy, cos, sin: [rotate(dy, cos, -sin)], lambda x, y: x[1:])
 
 
-# ---- Who sees whom, equation (4) -----------------------------------------------------------------
-#
-# Positions are int32. Those from t - W on are *near* to a query at t.
+# ---- Who sees whom, equation (4): positions are int32 ------------------------------------------
 
 FAR = constexpr(2**30)                                 # beyond every query; so T < 2^30
 LOWEST = constexpr(-3e38)                              # below all scores, but finite
@@ -525,9 +523,16 @@ def is_lasting(p, RULE):
 
 
 @jit
+def near_from(t, RULE):
+    """The first position that is near to a query at t. The last one is t."""
+    return t - RULE.window
+
+
+@jit
 def sees_near(t, p, ITSELF, RULE):
-    """Is t - W <= p < t? With ITSELF 1: <= t? In one comparison: unsigned, t - p < 0 is huge."""
-    return (t - p - 1 + ITSELF).to(tl.uint32, bitcast=True) < RULE.window + ITSELF
+    """Is near_from(t) <= p < t, or <= t with ITSELF 1? Compared unsigned: t - p < 0 is huge."""
+    count = (t - near_from(t, RULE) + ITSELF).to(tl.uint32, bitcast=True)
+    return (t - p - 1 + ITSELF).to(tl.uint32, bitcast=True) < count
 
 
 @jit
@@ -598,9 +603,9 @@ def sees_rows(t, row, origin, KIND, RULE):
     if KIND == "near":
         sees = sees_near(t[:, None], (origin + row)[None, :], 1, RULE)
     elif KIND == "grid":
-        sees = ((row + 1) * RULE.dilation - 1)[None, :] < (t - RULE.window)[:, None]
+        sees = ((row + 1) * RULE.dilation - 1)[None, :] < near_from(t, RULE)[:, None]
     else:
-        sees = (row < RULE.sinks)[None, :] & (row[None, :] < (t - RULE.window)[:, None])
+        sees = (row < RULE.sinks)[None, :] & (row[None, :] < near_from(t, RULE)[:, None])
         if RULE.dilation > 0:
             sees = sees & ((row + 1) % RULE.dilation != 0)[None, :]    # those are on the grid
     return sees
@@ -611,8 +616,8 @@ def attend(q, k, v, b, h, t, begin, end, origin, scale, acc, l, m, KIND, RULE, T
     """acc (BM, BD), l, m (BM,) of queries begin .. end - 1 after a kind's keys k, v: tiles_of."""
     # They see rows from `first` on and before `stop`. `whole` of these, a multiple of BN, from
     # `inner` on, are seen by all queries: they need no mask.
-    far_from_all = tl.maximum(begin - RULE.window, 0)  # keys before this position
-    far_from_last = tl.maximum(end - 1 - RULE.window, 0)
+    far_from_all = tl.maximum(near_from(begin, RULE), 0)  # keys before this position
+    far_from_last = tl.maximum(near_from(end - 1, RULE), 0)
     first = 0
     inner = 0
     whole = 0
@@ -732,7 +737,7 @@ def attention_backward_q_kernel(
         store_rows(dk, b, h, t, (own_ds * factor)[:, None] * q_tile, mine)
         store_rows(dv, b, h, t, own_prob[:, None] * dy_tile, mine)
     acc = own_ds[:, None] * own_k
-    far = tl.maximum(end - 1 - RULE.window, 0)
+    far = tl.maximum(near_from(end - 1, RULE), 0)
     n = tl.minimum(far, RULE.sinks)                    # of lasting keys before that position
     if RULE.dilation > 0:
         n += tl.maximum(far // RULE.dilation - RULE.sinks // RULE.dilation, 0)
@@ -741,10 +746,10 @@ def attention_backward_q_kernel(
         p = lasting(j, n, RULE)
         k_tile = load_rows(k, b, h, p, j < n)
         v_tile = load_rows(v, b, h, p, j < n)
-        sees = p[None, :] < (t - RULE.window)[:, None]
+        sees = p[None, :] < near_from(t, RULE)[:, None]
         acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
     if RULE.window > 0:
-        near = tl.maximum(start + i0 - RULE.window, 0)
+        near = tl.maximum(near_from(start + i0, RULE), 0)
         for p0 in tl.range(near, end, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
             k_tile = load_rows(k, b, h, p, p < end)
@@ -891,9 +896,7 @@ def attend_forward(q, k, v, y, lse, rule, start, cache=None):
 
 
 def attend_backward(q, k, v, y, dy, lse, delta, dq, dk, dv, rule):
-    """Fill dq, dk, dv, and delta (B, H, T), for the pairs that equation (4) allows. q, y, dy: (B,
-    H, T, Dh), the last T of k's positions.
-    """
+    """Fill dq, dk, dv, delta for the pairs that (4) allows. q, y, dy: the last of k's positions."""
     q, k, v, y, dy = packed(q, k, v, y, dy)
     B, H, T, Dh = q.shape
     end = k.shape[2]
@@ -989,7 +992,6 @@ def attention_chunk(q, k_near, v_near, cache, start):
 #   the last    read the shares; write 8 B h Dh of state, 2 of y, 4 of keys and values a buffer
 #
 # The number of tokens seen, `seen`, is read on the device: one CUDA graph serves every position.
-#
 # A key is used once, by one query, so the arithmetic is float32 on the ordinary cores. What matters
 # is that loads are always under way. So each of the BN rows of a tile has its own running softmax
 # (m, l, acc), and the loop's sums need no barrier, as a row of up to 256 channels lies in one warp.
@@ -1004,7 +1006,6 @@ def attention_chunk(q, k_near, v_near, cache, start):
 # chooses blocks. The second, grid (B h, splits), is as above, over the keys of the chosen blocks,
 # then over those that equation (4) allows. The cache then holds every position in its place. A
 # summary is written at the first step after its block is full, which is the first that scores it.
-#
 # Limits: B h < 2^31, positions < 2^30, 2^16 blocks or so; any even Dh.
 
 @jit
@@ -1055,7 +1056,7 @@ def this_token(q, cos, sin, seen, H, first, stride_b, scale, EARLY, DH, BD):
 @jit
 def count_keys(t, RULE):
     """How many keys `key_at` numbers for a query at t."""
-    far = tl.maximum(t - RULE.window, 0)
+    far = tl.maximum(near_from(t, RULE), 0)
     n = tl.minimum(RULE.sinks, far) + t - far
     if RULE.dilation > 0:
         n += far // RULE.dilation
@@ -1068,7 +1069,7 @@ def key_at(j, t, RULE, IN_PLACE):
     sinks, then the window, then the grid, a prefix of each buffer. IN_PLACE: in a cache of every
     position. -1: a sink on the grid, which comes later.
     """
-    far = tl.maximum(t - RULE.window, 0)
+    far = tl.maximum(near_from(t, RULE), 0)
     sinks = tl.minimum(RULE.sinks, far)
     near = sinks + t - far                             # the end of the window's
     at = j
@@ -1156,7 +1157,7 @@ def decode_kernel(
             i = tile * BN + tl.arange(0, BN)
             block = tl.load(chosen + i // RULE.block, mask=i < in_blocks, other=0)
             p = block * RULE.block + i % RULE.block
-            new = (i < in_blocks) & (p < t - RULE.window) & (is_lasting(p, RULE) == 0)
+            new = (i < in_blocks) & (p < near_from(t, RULE)) & (is_lasting(p, RULE) == 0)
             row = tl.where(tile < block_tiles, p, row)
             here = tl.where(tile < block_tiles, new, here)
         mask = here[:, None] if DH == BD else here[:, None] & (d < DH)[None, :]
@@ -1566,7 +1567,7 @@ def load_pairs(pairs, e0, list_end, T, K, BM):
 @jit
 def sees_in_block(t, p, stop, RULE, REST):
     """Does t attend to p of a chosen block, which ends before `stop`? REST: not if (4) allows."""
-    sees = p <= tl.minimum(t - RULE.window - 1 if REST else t, stop - 1)
+    sees = p <= tl.minimum(near_from(t, RULE) - 1 if REST else t, stop - 1)
     if REST:
         sees = sees & (is_lasting(p, RULE) == 0)
     return sees

@@ -433,7 +433,7 @@ class GroupCache:
         kept = dense if rule.topk else self.rule       # top-k blocks may want every position
         n = cache.max_len
         self.kept = kept._replace(window=min(kept.window, n), sinks=min(kept.sinks, n))
-        dilation, window, sinks = self.kept.sizes
+        dilation, window, sinks = self.kept[:3]
         rows = sinks + window + (n // dilation if dilation else 0)
         self.k = like.repeat(1, 1, rows, 1)
         self.v = like.repeat(1, 1, rows, 1)
@@ -446,14 +446,14 @@ class GroupCache:
 
     def rows(self, p, t):
         """The rows from which a query at t reads positions p (int64), as in kernels.key_at."""
-        dilation, window, sinks = self.kept.sizes
+        dilation, window, sinks = self.kept[:3]
         grid = sinks + window + p // max(dilation, 1)
         lasting = torch.where(on_grid(p, dilation), grid, p)
         return torch.where(p >= t - window, sinks + p % max(window, 1), lasting)
 
     def store(self, k, v, start):
         """Keep what later queries may need of k, v (B, heads, T, Dh), positions from `start` on."""
-        dilation, window, sinks = self.kept.sizes
+        dilation, window, sinks = self.kept[:3]
         end = start + k.shape[2]
         last = torch.arange(max(start, end - window), end, device=k.device)
         for mine, new in (self.k, k), (self.v, v):

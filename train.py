@@ -877,8 +877,8 @@ def main(argv=None):
     require(not config.resume or config.data_key == meta["train"].get("data_key"), f"--resume: "
             f"{' '.join(config.data)} holds other tokens than {path} was trained on")
     torch.manual_seed(config.seed)
-    model = model or RATPlus(RATConfig(config.vocab_size, config.n_layer, config.n_head,
-                                       config.n_embd, config.recurrence))
+    shape = {name: getattr(config, name) for name in RATConfig.__dataclass_fields__}
+    model = model or RATPlus(RATConfig(**shape))
     model.to(config.device)
     pattern = Pattern.parse(config.pattern).check(model.config)
     arl = [Pattern.parse(name).check(model.config) for name in config.arl if name != "none"]
