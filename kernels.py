@@ -64,9 +64,8 @@ def launch(kernel, programs, x, *arguments, **constants):
 
 
 def operator(f):
-    """f, which makes tensors and launches kernels to fill them, as the operator rat::<its name
-    without _forward> of PyTorch: torch.compile takes it as it is. With fake tensors f launches
-    nothing, as PyTorch asks for shapes only.
+    """f, which makes tensors and launches kernels to fill them, as PyTorch's operator rat::<its
+    name without _forward>. Of fake tensors PyTorch wants the shapes only: see `idle`.
     """
     name = f"rat::{f.__name__.removesuffix('_forward')}"
     registered = torch.library.custom_op(name, f, mutates_args=())
@@ -108,9 +107,7 @@ def idle(x):
 
 
 class Rows(NamedTuple):
-    """A tensor (B, H, T, Dh) as kernels take it: pointer, strides along B, H and T, T, and as
-    constants Dh and `padded` Dh. Channels are neighbours.
-    """
+    """A tensor (B, H, T, Dh), channels side by side: pointer, strides, T, Dh and `padded` Dh."""
     ptr: Tensor
     b: int
     h: int
@@ -156,9 +153,7 @@ def has_tma(x):
 
 
 def tiles_of(x, BN):
-    """Aligned x (B, H, T, Dh) for load_tile: a descriptor, by which TMA fetches BN rows in one
-    instruction, without an address for each element; or Rows.
-    """
+    """Aligned x for load_tile: a descriptor, by which TMA fetches BN rows at once; or Rows."""
     if not has_tma(x):
         return rows_of(x)[0]
     unit = 16 // x.element_size()
@@ -431,7 +426,7 @@ def same_strides(*tensors):
 
 def recurrence_forward(
         k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """model.recurrence, equation (2). k, v, g: (B, T, C), any strides; state: (2, B, C) float32."""
+    """k_rec, v_rec (B, T, C) and the state at the end (2, B, C) float32."""
     outputs = tuple(x.new_empty(x.shape) for x in (k, v, state))
     if not idle(k):
         launch_recurrence(recurrence_forward_kernel, CHAINS, k, v, g, state, *outputs)
@@ -450,8 +445,15 @@ def recurrence_backward(
     return outputs
 
 
-recurrence = differentiable(
+run_recurrence = differentiable(
     recurrence_forward, recurrence_backward, lambda x, y: (*x, *y[:2]), grads=3)
+
+
+def recurrence(k, v, g, state=None):
+    """model.recurrence, equation (2). k, v, g: (B, T, C), any strides; state: (2, B, C) float32."""
+    if state is None:
+        state = k.new_zeros(2, len(k), k.shape[2], dtype=torch.float32)
+    return run_recurrence(k, v, g, state)
 
 
 # ---- RoPE, on queries and on recurrent keys ------------------------------------------------------
@@ -1859,9 +1861,7 @@ def cross_entropy_kernel(z, y, loss, V, BV: constexpr, GRAD: constexpr):
 
 
 def cross_entropy_(z, y, grad):
-    """Cross-entropy of each row of logits z (N, V), contiguous, under its target y (N,) int64: (N,)
-    float32. With `grad`, z is replaced by its gradient.
-    """
+    """Losses (N,) of logits z (N, V) under targets y (N,). With `grad`, z becomes its gradient."""
     loss = z.new_empty(len(z), dtype=torch.float32)
     BV = min(4096, max(128, triton.next_power_of_2(z.shape[1])))
     launch(cross_entropy_kernel, len(z), z, z, y.contiguous(), loss, z.shape[1],
