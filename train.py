@@ -562,7 +562,7 @@ def bytes_per_token(windows):
         return None
     _, targets = windows.cut(*windows.evenly())
     tokens, counts = targets[targets >= 0].unique(return_counts=True)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError, ImportError):         # offline, or no tiktoken
         sizes = [len(windows.coder.bytes_of(token)) for token in tokens.tolist()]
         return np.average(sizes, weights=counts)
 
