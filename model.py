@@ -241,9 +241,11 @@ def attend(q, k_rec, v_rec, rule):
     """
     T = q.shape[2]
     n = k_rec.shape[2]
-    if rule.dilation == 1 or rule.window >= n - 1:     # dense: PyTorch's own
-        mask = None if T == n else causal_lower_right(T, n)
-        return F.scaled_dot_product_attention(q, k_rec, v_rec, mask, is_causal=T == n)
+    dense = rule.dilation == 1 or rule.window >= n - 1
+    if dense and T == n:                               # PyTorch's own
+        return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
+    if dense:
+        return F.scaled_dot_product_attention(q, k_rec, v_rec, causal_lower_right(T, n))
     if rule.topk:
         summaries = block_summaries(k_rec.detach(), rule.block, rule.score)
     if on_kernels(q) and rule.topk:

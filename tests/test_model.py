@@ -337,6 +337,16 @@ def test_loss_and_gradients_at_full_size_on_a_gpu():
         assert_same(f"gradient of {name}", p.grad, other.grad, 0.03)
 
 
+def test_dense_attention_compiles_for_any_length():
+    model = tiny(n_head=2, n_embd=16, recurrence=False)
+    model.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    for T in 5, 9:
+        idx = torch.randint(50, (1, T))
+        found = model(idx)
+        with torch.compiler.set_stance("force_eager"):
+            assert_same("logits", found, model(idx))
+
+
 @pytest.mark.parametrize("pattern", ["D4W3S1/W2,D1", "N4K2,D4N4K2:minmax"])
 def test_checkpointing_gives_the_same_gradients(device, pattern):
     model = tiny(n_head=2, n_embd=16).to(device)
