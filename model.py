@@ -126,7 +126,9 @@ class Pattern(NamedTuple):
 
     @staticmethod
     def parse(text):
-        """The Pattern that `text`, or a Pattern, spells. ValueError, in one line, for all else."""
+        """The Pattern that `text` spells; a Pattern is passed through. ValueError, in one line."""
+        if isinstance(text, Pattern):
+            return text
         layers = [layer.split("/") for layer in str(text).split(",")]
         try:
             return Pattern(tuple(tuple(map(Rule.parse, rules)) for rules in layers))
@@ -157,6 +159,11 @@ class Pattern(NamedTuple):
 
 # ---- The definitions: the recurrence (2), RoPE, attention (3) ------------------------------------
 
+def exact(dtype):
+    """The dtype of states and of sums: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def compute_dtype(x):
     """The dtype of matrix products with x: autocast's where it is on, else that of x."""
     kind = x.device.type
@@ -185,14 +192,14 @@ def recurrence(k, v, g, state=None):
     """
     B, T, C = k.shape
     if state is None:
-        state = k.new_zeros(2, B, C)
+        state = k.new_zeros(2, B, C, dtype=exact(k.dtype))
     found = [(*z.shape, z.device) for z in (k, v, g, *state)]
     wanted = [(B, T, C, k.device)] * 3 + [(B, C, k.device)] * 2
     require(found == wanted and T >= 1, "recurrence: k, v, g are (B, T >= 1, C), the state is "
             f"2 x (B, C), all on one device; not {found}")
     if not torch.is_tensor(state):
         state = torch.stack(state)
-    state = state.to(torch.promote_types(k.dtype, torch.float32))
+    state = state.to(exact(k.dtype))
     if on_kernels(k):
         return kernels.recurrence(k, v, g, state)
     # Near a = 1 the difference 1 - a would cancel, and the gradient of torch.sigmoid, a (1 - a),
@@ -235,9 +242,10 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     return attend(q, k_rec, v_rec, Rule(*sizes))
 
 
-def attend(q, k_rec, v_rec, rule):
+def attend(q, k_rec, v_rec, rule, summaries=None):
     """Equation (3) under a rule, for the last T of n positions. q: (B, H, T, Dh); k_rec, v_rec: (B,
-    H, n, Dh). Returns (B, H, T, Dh), differentiable in all three.
+    H, n, Dh); summaries: of their whole blocks, by default made here. Returns (B, H, T, Dh),
+    differentiable in q, k_rec, v_rec.
     """
     T = q.shape[2]
     n = k_rec.shape[2]
@@ -246,7 +254,7 @@ def attend(q, k_rec, v_rec, rule):
         return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
     if dense:
         return F.scaled_dot_product_attention(q, k_rec, v_rec, causal_lower_right(T, n))
-    if rule.topk:
+    if rule.topk and summaries is None:
         summaries = block_summaries(k_rec.detach(), rule.block, rule.score)
     if on_kernels(q) and rule.topk:
         return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
@@ -425,7 +433,7 @@ class Block(nn.Module):
 class GroupCache:
     """The keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what
     queries attend to. kept: what is held for them. summaries: of top-k blocks. arrived: how many
-    programs of a head are done in the decoding kernel. like: a row of zeros (B, heads, 1, Dh).
+    programs of a head are done in the decoding kernel. like: k and v without rows.
     """
 
     def __init__(self, cache, rule, like):
@@ -437,10 +445,11 @@ class GroupCache:
         self.kept = kept._replace(window=min(kept.window, n), sinks=min(kept.sinks, n))
         dilation, window, sinks = self.kept[:3]
         rows = sinks + window + (n // dilation if dilation else 0)
-        self.k = like.repeat(1, 1, rows, 1)
-        self.v = like.repeat(1, 1, rows, 1)
+        B, heads, _, Dh = like.shape
+        self.k = like.new_zeros(B, heads, rows, Dh)
+        self.v = like.new_zeros(B, heads, rows, Dh)
         self.tensors = [self.k, self.v]                # all that it allocated for positions
-        self.arrived = like[:, :, 0, 0].flatten().int()
+        self.arrived = like.new_zeros(B * heads, dtype=torch.int32)
         if self.rule.topk:
             summaries = block_summaries(self.k, rule.block, rule.score)
             self.summaries = summaries.clone()         # no view of k
@@ -478,10 +487,12 @@ class GroupCache:
         if self.kept.dilation == 1:                    # the rows are the positions
             self.store(k, v, start)
             k = self.k[:, :, :end]
-            if self.rule.topk:                         # the decoding kernel reads them
-                blocks = block_summaries(k, self.rule.block, self.rule.score)
-                self.summaries[:, :, :blocks.shape[2]] = blocks
-            return attend(q, k, self.v[:, :, :end], self.rule)
+            v = self.v[:, :, :end]
+            if not self.rule.topk:
+                return attend(q, k, v, self.rule)
+            summaries = self.summaries[:, :, :end // self.rule.block]
+            summaries.copy_(block_summaries(k, self.rule.block, self.rule.score))
+            return attend(q, k, v, self.rule, summaries)
         p = torch.arange(start, device=q.device)
         if on_kernels(q):
             p = p[max(start - self.kept.window, 0):]   # the kernel reads the others in place
@@ -529,9 +540,9 @@ class Cache:
         for i in range(config.n_layer):
             rules = pattern.rules(i)
             heads = config.n_head // len(rules)
-            like = weight.new_zeros(batch, heads, 1, config.head_width, dtype=dtype)
+            like = weight.new_empty(batch, heads, 0, config.head_width, dtype=dtype)
             groups = [GroupCache(self, rule, like) for rule in rules]
-            state = weight.new_zeros(2, batch, C, dtype=torch.promote_types(dtype, torch.float32))
+            state = weight.new_zeros(2, batch, C, dtype=exact(dtype))
             self.layers.append(LayerCache(state, groups, self.seen))
 
     def check(self, shape):
@@ -643,8 +654,7 @@ class RATPlus(nn.Module):
             total = kernels.head_loss(x, weight, y, compute_dtype(weight))
         else:
             logits = F.linear(x, weight)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            total = F.cross_entropy(logits, y, reduction="sum")
+            total = F.cross_entropy(logits.to(exact(logits.dtype)), y, reduction="sum")
         return total / (y != -100).sum().clamp(min=1)
 
     def new_cache(self, batch, max_len, pattern="D1"):
@@ -743,23 +753,26 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     right = right and (top_p is None or 0 < top_p <= 1)
     require(right and temperature >= 0, "sampling wants temperature >= 0, top_k >= 1, "
             f"0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
-    logits = logits.float().clamp(-3e38, 3e38)         # no inf - inf below
-    lost = logits.isnan().any(-1)
+    best, likeliest = logits.max(-1, keepdim=True)
+    lost = best[:, 0].isnan()
     if temperature == 0:
-        return logits.argmax(-1).masked_fill(lost, -1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-    if top_k is not None or top_p is not None:
-        V = logits.shape[-1]
-        kept, tokens = logits.topk(min(top_k or V, V))                 # the likeliest first
-        mass = (kept.softmax(-1).double() * 2**52).long()      # integers add up alike in any order
+        return likeliest[:, 0].masked_fill(lost, -1)
+    below = (logits - best).masked_fill(logits == best, 0).float()     # inf - inf would be NaN
+    probs = (below / max(temperature, 1e-30)).softmax(-1)
+    few = top_k is not None or top_p is not None
+    if few:
+        V = probs.shape[-1]
+        probs, tokens = probs.topk(min(top_k or V, V))                 # the likeliest first
+    if top_p is not None:
+        mass = (probs.double() * 2**52).long()         # integers add up alike in any order
         likelier = mass.cumsum(-1) - mass              # the mass of all likelier tokens
-        enough = int((top_p or 1) * 2**52)
-        kept = kept.masked_fill(likelier >= enough, -math.inf)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, kept)
-    probs = logits.softmax(-1)
+        enough = mass.sum(-1, keepdim=True).double() * top_p
+        probs = probs.masked_fill(likelier >= enough, 0)
     # With e_i drawn from an exponential, the largest p_i / e_i lies at i with probability p_i.
     e = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-10)
-    return (probs / e).argmax(-1).masked_fill(lost, -1)
+    token = (probs / e).argmax(-1, keepdim=True)
+    token = tokens.gather(-1, token) if few else token
+    return token[:, 0].masked_fill(lost, -1)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------

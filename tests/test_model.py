@@ -494,7 +494,7 @@ CANONICAL = {
 def test_patterns_print_as_their_canonical_text(text):
     pattern = Pattern.parse(text)
     assert str(pattern) == CANONICAL[text]
-    assert Pattern.parse(pattern) == pattern
+    assert Pattern.parse(pattern) is pattern
     assert Pattern.parse(str(pattern)) == pattern
     assert Pattern.parse("N64K16") != Pattern.parse("N64K16:last")
 
