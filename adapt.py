@@ -50,10 +50,10 @@ def is_done(path, parent, config):
     """Whether --resume keeps the file. ValueError if it is in the way, or was made otherwise."""
     if not os.path.exists(path) or config.overwrite:
         return False
+    require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
     _, meta = load_checkpoint(path)
-    require(config.resume and "adapt" in meta and meta["parent"] == parent, f"{path} exists: "
-            "--resume keeps it, and refuses what was not adapted from these weights; --overwrite "
-            "adapts anew")
+    require("adapt" in meta and meta["parent"] == parent, f"{path} was not adapted from these "
+            "weights: --overwrite adapts anew")
     refuse_changes(path, meta["adapt"], config, {*MAY_DIFFER, "pattern"} - {"steps"})
     return True
 

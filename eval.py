@@ -191,8 +191,8 @@ def reach(row, val, config):
 
     for block in row.model.blocks:
         block.mix.in_proj.register_forward_hook(keep)
-    numbers, stride = val.evenly()
-    idx, _ = val.cut(numbers[::-(-len(numbers) // config.eval_batch)], stride)
+    idx, _ = val.spread
+    idx = idx[::-(-len(idx) // config.eval_batch)]
     with autocast(config):
         row.model(move(idx, config))
     cells = []

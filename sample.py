@@ -21,8 +21,8 @@ from itertools import islice, product
 import torch
 
 from model import PRESETS, RATConfig, RATPlus, load_checkpoint, require
-from train import (Tokenizer, file_of, fingerprint, header, new_parser, note, on_gpu, out_of_memory,
-                   pattern_flag, run, use_device)
+from train import (Tokenizer, file_of, fingerprint, header, keys_at, new_parser, note, on_gpu,
+                   out_of_memory, pattern_flag, run, use_device)
 
 
 def find_weights(flags):
@@ -180,19 +180,14 @@ def fill_at_random(cache, length):
 
 
 def bytes_read(cache, t):
-    """Bytes of the cache that a step at position t reads. Any top-k blocks cost the same: here it
-    is the earliest.
-    """
+    """Bytes of the cache that a step at position t reads."""
     p = torch.arange(t)
     total = state_bytes(cache)
     for group in [group for layer in cache.layers for group in layer.groups]:
         rule = group.rule
-        keys = rule.allowed(t, p)
         if rule.topk:
-            own = t // rule.block
-            keys |= (p < (rule.topk - 1) * rule.block) | (p >= own * rule.block)
-            total += own * group.summaries[:, :, :1].nbytes
-        total += keys.sum().item() * 2 * group.k[:, :, :1].nbytes
+            total += t // rule.block * group.summaries[:, :, :1].nbytes
+        total += keys_at(rule, t, p).sum().item() * 2 * group.k[:, :, :1].nbytes
     return total
 
 

@@ -221,7 +221,7 @@ def evaluate(model, windows, pattern, config):
     """Mean loss (nats per token) over the targets of a Windows, spread evenly. Those after
     end-of-text count too, those that a mask excludes do not.
     """
-    idx, targets = windows.cut(*windows.evenly())
+    idx, targets = windows.spread
     total = 0.0
     for x, y in zip(idx.split(config.eval_batch), targets.split(config.eval_batch)):
         with autocast(config):
@@ -271,13 +271,20 @@ def keys_per_token(pattern, config, T):
     for i, rules in enumerate(pattern.layers):
         n_layers = len(range(i, config.n_layer, len(pattern.layers)))
         for rule in rules:
-            keys = rule.allowed(t, p)
-            if rule.topk:                           # any blocks are as many keys: the first ones
-                keys |= p < (rule.topk - 1) * rule.block
-                keys |= p // rule.block == t // rule.block
-            mean = (keys & (p <= t)).sum().item() / len(t)
+            mean = keys_at(rule, t, p).sum().item() / len(t)
             total += mean * n_layers / len(rules)
     return total / config.n_layer
+
+
+def keys_at(rule, t, p):
+    """Does a query at t attend to the key at p? Broadcasts. Any top-k blocks are as many keys, so
+    the first ones are taken.
+    """
+    keys = rule.allowed(t, p)
+    if rule.topk:
+        keys |= p < (rule.topk - 1) * rule.block
+        keys |= p // rule.block == t // rule.block
+    return keys & (p <= t)
 
 
 # ---- Data: uint16 tokens in train.bin and val.bin, found in a folder or made from texts ----------
@@ -318,12 +325,15 @@ class Windows:
             targets = targets.masked_fill(idx == self.coder.eot, -100)
         return idx, targets
 
-    def evenly(self):
-        """Numbers of up to --eval-windows windows, spread evenly; their stride: T with masks."""
+    @functools.cached_property
+    def spread(self):
+        """idx, targets (n, T) of up to --eval-windows windows, spread evenly. With masks they lie
+        side by side, else they begin anywhere.
+        """
         stride = 1 if all(mask is None for _, mask in self.files) else self.T
         total = self.counts(stride).sum()
         most = min(self.config.eval_windows, self.counts(self.T).sum(), total)
-        return np.linspace(0, total - 1, most).astype(int), stride
+        return self.cut(np.linspace(0, total - 1, most).astype(int), stride)
 
     def cut(self, numbers, stride):
         """idx, targets (B, T) int64 of numbered windows. A target of -100 does not count: its mask
@@ -370,7 +380,7 @@ def load_data(config):
         size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
         config.vocab_size = in_64s(size)
     trained = sides[0].counts(1)
-    _, targets = sides[1].cut(*sides[1].evenly())
+    _, targets = sides[1].spread
     for windows, counts in zip(sides, (trained, targets != -100)):
         require(counts.any(), f"{windows.files[0][0].filename}: no target counts in its "
                 f"{len(windows)} tokens: more than the --context of {config.context} are needed, "
@@ -479,7 +489,7 @@ def write_tokens(texts, coder, split_on, folder):
     """
     note(f"tokenizing {len(texts)} texts")
     left_out = []
-    found = False
+    found = not split_on
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for name_hash, path in texts:
             text = ""
@@ -494,14 +504,14 @@ def write_tokens(texts, coder, split_on, folder):
             border = space if space > 0 else border
             if len(texts) >= 100:
                 border = 0 if int(name_hash, 16) % 20 == 0 else len(text)
-            found = found or (split_on or "") in text
+            found = found or split_on in text
             for file, part in ((train, text[:border]), (val, text[border:])):
                 for document in filter(None, part.split(split_on or "\0")):
                     coder.write(document, file)
     note(f"tokenized: {len(texts) - len(left_out)}/{len(texts)} texts" + "".join(
          f"; what is empty or not UTF-8 text is left out, as {path}" for path in left_out[:1]))
-    require(found or split_on, "--data: no UTF-8 text in it; tokens must lie in a folder as "
-            "train.bin and val.bin")
+    require(len(left_out) < len(texts), "--data: no UTF-8 text in it; tokens must lie in a folder "
+            "as train.bin and val.bin")
     if not found:
         note(f"warning: --split-on {split_on!r} is nowhere in the texts: each file is one document")
 
@@ -560,7 +570,7 @@ def bytes_per_token(windows):
     """Mean bytes of text of a validation target; None of ids, and if tiktoken has no vocabulary."""
     if windows.coder.name == "ids":
         return None
-    _, targets = windows.cut(*windows.evenly())
+    _, targets = windows.spread
     tokens, counts = targets[targets >= 0].unique(return_counts=True)
     with contextlib.suppress(OSError, ValueError, ImportError):         # offline, or no tiktoken
         sizes = [len(windows.coder.bytes_of(token)) for token in tokens.tolist()]
@@ -820,8 +830,8 @@ def open_log(path, config, first=0):
             os.replace(old, f"{old}.old")
         return open(log_path, "x")
     with open(log_path, "a+", errors="replace") as old, open(f"{log_path}.tmp", "w") as log:
-        old.seek(0)
-        records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in old]     # None: torn
+        old.seek(0)                             # records begin with their step; torn ones go
+        records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in old]
         log.writelines(each[0] for each in records if each and int(each[1]) <= first)
     os.replace(log.name, log_path)
     return open(log_path, "a")
@@ -889,6 +899,7 @@ def main(argv=None):
         step = meta["step"]
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(meta[name])
+    complete = step >= config.steps and meta["val"]     # {}: stopped in its last validation
     per_byte = bytes_per_token(val)
     save_with = functools.partial(save, path, model, optimizers, pattern=str(pattern), **parent,
                                   tokenizer=config.tokenizer, train=recorded(config))
@@ -924,7 +935,10 @@ def main(argv=None):
                                         "--resume goes on")
             if due and step < config.steps:
                 validate()
-        validate()
+        if complete:
+            print(f"{path} is complete: {step} steps")
+        else:
+            validate()
 
 
 if __name__ == "__main__":

@@ -666,7 +666,7 @@ def test_a_killed_run_goes_on_to_the_bit(capsys, flags):
     assert [line["val"] for line in lines("moved/dense.jsonl", "val")] == vals
     assert meta_of("moved/dense.pt")["val"] == vals[-1]
     call(train.main, "--resume", "--out", "moved", "--steps", 12)
-    assert "step 0012 | val" in capsys.readouterr().out, "a complete run is validated"
+    assert "moved/dense.pt is complete: 12 steps" in capsys.readouterr().out
 
 
 def test_weights_are_saved_before_their_validation(monkeypatch):
