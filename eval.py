@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import Cache, Pattern, RATPlus, load_checkpoint, require
+from sample import bytes_read
 from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte,
                    bytes_per_token, evaluate, file_of, fingerprint, header, inherited,
                    keys_per_token, load_data, move, new_parser, note, pattern_flag, run, use_device)
@@ -79,11 +80,11 @@ def rows_of(path, model, meta, config):
     for other in sorted({*beside} - {"dense.pt"}):
         file = os.path.join(folder, other)
         try:
-            found, about = load_checkpoint(file)
-            pattern = about["pattern"]
-            require(about.get("parent") in parents and file == file_of(pattern, folder),
-                    f"{file} is no file that adapt.py made from {path}")
-            adapted[pattern] = found
+            found, about = load_checkpoint(file, config.device)
+            named = file == file_of(about["pattern"], folder)
+            require(named and about.get("parent") in parents, f"{file} is no file that adapt.py "
+                    f"made from {path}")
+            adapted[about["pattern"]] = found
         except (ValueError, OSError) as error:
             note(f"left out: {error}")
     rows = []
@@ -92,7 +93,7 @@ def rows_of(path, model, meta, config):
         weights = "switched" if text != own else "dense" if text == "D1" else "adapted"
         rows.append(Row(pattern, weights, name, model))
         if text in adapted:
-            rows.append(Row(pattern, "adapted", name, adapted[text].to(config.device)))
+            rows.append(Row(pattern, "adapted", name, adapted[text]))
     return rows
 
 
@@ -134,18 +135,10 @@ def open_rows(flags, argv):
 # ---- Loss, cost, and reach of the recurrence -----------------------------------------------------
 
 def costs(pattern, shape, T, dtype):
-    """Keys per token, bytes of the cache per token, and bytes that a decoding step reads of it:
-    keys and values, states, and summaries of whole blocks, mean over positions 0 to T - 1.
-    """
+    """Keys per token, bytes of the cache per token, and bytes that a decoding step reads of it."""
     cache = Cache(shape, 1, T, pattern, dtype, torch.empty(0, device="meta"))   # takes no memory
-    keys = keys_per_token(pattern, shape, T)
-    each = dtype.itemsize * (keys - 1) + 4 * shape.recurrence   # its own key is in no cache yet
-    read = 2 * shape.n_layer * shape.n_embd * each
-    for group in [group for layer in cache.layers for group in layer.groups]:
-        if group.rule.topk:
-            n_blocks = (np.arange(T) // group.rule.block).mean()
-            read += n_blocks * group.summaries[:, :, :1].nbytes
-    return keys, cache.nbytes / T, read
+    t = torch.linspace(0, T - 1, min(T, 1024)).round().long()
+    return keys_per_token(pattern, shape, T), cache.nbytes / T, bytes_read(cache, t)
 
 
 def losses(rows, config):
@@ -237,8 +230,8 @@ def read_item(line, coder, config):
 
 
 def read_items(path, coder, config):
-    """The items of a file. ValueError names a bad line. Too long for the context, a query loses its
-    front, as in lm-evaluation-harness, and an item with such a choice is left out. Both is said.
+    """The items of a file. ValueError names a bad line. What is too long for the context is cut as
+    in lm-evaluation-harness, or left out, and said.
     """
     opened = {".xz": lzma.open, ".gz": gzip.open}.get(os.path.splitext(path)[1], open)
     T = config.context
@@ -262,12 +255,12 @@ def read_items(path, coder, config):
 
 @torch.no_grad()
 def score(row, items, config):
-    """{choice: (ll, is each of its tokens the likeliest)} of all choices. Equal ones are scored
-    once, so that rounding can't tell them apart.
+    """acc (0 or 1), norm and ll of each item, (n, 3). Equal choices are scored once, so that
+    rounding can't tell them apart.
     """
     choices = {choice for item in items for choice in item[0]}
     left = sorted(choices, key=lambda choice: -len(choice[0]))
-    scores = {}
+    scores = {}                                 # ll, and is each of the tokens the likeliest
     while left:
         size = max(1, config.eval_batch * config.context // len(left[0][0]))
         batch, left = left[:size], left[size:]
@@ -283,73 +276,54 @@ def score(row, items, config):
         likeliest = (logits.argmax(-1) == y).cpu()
         for choice, ll, each in zip(batch, lls.split(sizes), likeliest.split(sizes)):
             scores[choice] = ll.sum().item(), each.all().item()
-    require(all(math.isfinite(ll) for ll, _ in scores.values()), f"{row.pattern} {row.weights}: a "
-            "log-probability is not finite, the weights are of no use")
-    return scores
+    found = []
+    for choices, sizes, gold, _ in items:
+        lls, likeliest = np.array([scores[choice] for choice in choices]).T
+        right = len(lls) > 1 or likeliest[0]
+        acc = right and lls.argmax() == gold                    # of equal ones, the first
+        norm = right and (lls / sizes).argmax() == gold
+        found.append((acc, norm, lls[gold]))
+        require(np.isfinite(lls).all(), f"{row.pattern} {row.weights}: a log-probability is not "
+                "finite, the weights are of no use")
+    return np.array(found, dtype=float)
 
 
 def mean_of_groups(values, groups):
-    """The mean over groups of the groups' means, and its standard error."""
-    values = np.array(values, dtype=float)
-    parts = [values[np.array(groups) == name] for name in dict.fromkeys(groups)]
-    errors = [part.std() / math.sqrt(max(1, len(part) - 1)) for part in parts]
-    mean = np.mean([part.mean() for part in parts])
-    return mean, np.linalg.norm(errors) / len(errors)
+    """The mean over groups of the means of their values (n, m), and its standard error, (m,)."""
+    parts = [values[np.array(groups) == name] for name in np.unique(groups)]
+    means = [part.mean(0) for part in parts]
+    errors = [part.std(0) / math.sqrt(max(1, len(part) - 1)) for part in parts]
+    return np.mean(means, 0), np.linalg.norm(errors, axis=0) / len(parts)
 
 
-def summary(items, scores, dense_hits=None):
-    """(record, hits): the scores of a file, and of each item whether its answer is right.
-    dense_hits: those of the D1 row.
-    """
-    found = []
-    for choices, sizes, gold, group in items:
-        lls, likeliest = np.array([scores[choice] for choice in choices]).T
-        right = len(lls) > 1 or likeliest[0]
-        hit = right and lls.argmax() == gold                            # of equal ones, the first
-        norm_hit = right and (lls / sizes).argmax() == gold
-        found.append((hit, norm_hit, lls[gold], choices[gold][1], group))
-    hits, norm_hits, lls, counts, groups = zip(*found)
-    record = {"items": len(items), "ll": np.mean(lls)}
-    record["nats"] = -np.sum(lls) / sum(counts)
-    record["acc"], record["stderr"] = mean_of_groups(hits, groups)
-    record["norm"], _ = mean_of_groups(norm_hits, groups)
-    if dense_hits:
-        differences = np.subtract(hits, dense_hits, dtype=float)
-        record["delta"], record["delta_stderr"] = mean_of_groups(differences, groups)
-    return record, hits
-
-
-def choices_cell(record, single):
-    """acc in % ± its standard error / norm, or the perplexity of single choices; then delta."""
-    text = f"{100 * record['acc']:.1f} ± {100 * record['stderr']:.1f}"
-    ppl = torch.tensor(-record["ll"]).exp()             # inf where it is too large for a float
-    text += f", ppl {ppl:.4g}" if single else f" / {100 * record['norm']:.1f}"
-    if "delta" in record:
-        text += f" ({100 * record['delta']:+.1f} ± {100 * record['delta_stderr']:.1f})"
-    return text
+def choices_cell(items, found, dense):
+    """The text for what `score` found, and under D1 `dense`, from which a delta is counted."""
+    acc, norm, ll = found.T
+    groups = [group for *_, group in items]
+    values = np.stack((acc, norm, acc - dense[:, 0]), axis=1)
+    means, errors = mean_of_groups(100 * values, groups)
+    text = f"{means[0]:.1f} ± {errors[0]:.1f}"
+    single = all(len(choices) == 1 for choices, *_ in items)
+    ppl = torch.tensor(-ll.mean()).exp()                # inf where it is too large for a float
+    text += f", ppl {ppl:.4g}" if single else f" / {means[1]:.1f}"
+    return text if found is dense else f"{text} ({means[2]:+.1f} ± {errors[2]:.1f})"
 
 
 def benchmarks(rows, config):
-    """Print a table, a row as soon as it is known. Then add its records to choices.jsonl."""
+    """Print a table, a row as soon as it is known."""
     coder = Tokenizer(config.tokenizer, config.eot)
     tasks = {path: read_items(path, coder, config) for path in config.choices}
     print("\nacc in % ± its standard error / norm, or ppl (delta)\n")
     names = [os.path.basename(path).split(".jsonl")[0] for path in tasks]
     print_row(*LABEL, *names, head=True)
-    dense = {}                                                  # hits by model and file
-    records = []
+    dense = {}                                          # by model and file; D1 comes first
     for row in rows:
         cells = []
         for path, items in tasks.items():
-            record, hits = summary(items, score(row, items, config), dense.get((row.name, path)))
-            dense.setdefault((row.name, path), hits)            # D1 comes first
-            cells.append(choices_cell(record, all(len(item[0]) == 1 for item in items)))
-            records.append({**dict(zip(LABEL, map(str, row))), "file": path, **record})
+            found = score(row, items, config)
+            of_dense = dense.setdefault((row.name, path), found)
+            cells.append(choices_cell(items, found, of_dense))
         print_row(*row[:3], *cells)
-    os.makedirs(config.out, exist_ok=True)
-    with open(os.path.join(config.out, "choices.jsonl"), "a") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
 
 
 # ---- Retrieval: values hidden in a long text -----------------------------------------------------
@@ -404,17 +378,18 @@ def draw(form, rng):
     return form.format(**words, number=rng.randrange(10**6, 10**7), uuid=uuid)
 
 
-def new_sample(number, task, config, encode, most=1):
-    """A numbered sample, the same for the same seed: a haystack, needles in it, up to `most`
-    questions, each with its answer after it. (2, --context) uint16: the tokens, and 1 on those of
-    answers, else 0. ValueError if there is no room.
+def new_sample(number, task, config, encode):
+    """A numbered sample, the same for the same seed: a haystack, needles in it, a question (up to
+    16 for training, where number >= 0), each with its answer after it. (2, --context) uint16: the
+    tokens, and 1 on those of answers, else 0. ValueError if there is no room.
     """
     hay, key, value, n_keys, n_values = TASKS[task]
     rng = random.Random(f"{config.seed} {number}")
     form, question = (" {} {}.", " {}") if task == "recall" else (" Safe {}: {}.", "\nOpen {}:")
     needle = form.format(key, value)
     size = len(encode(draw(needle, rng)))
-    rounds = rng.randint(1, max(1, min(most, config.context // (3 * size))))
+    most = min(16, config.context // (3 * size)) if number >= 0 else 1
+    rounds = rng.randint(1, max(1, most))
     n_keys = n_keys or rounds
     keys = []
     while len(keys) < n_keys:
@@ -452,8 +427,8 @@ def write_niah(config):
     n_train = config.samples or 16384
     n_val = max(2, n_train // 20)
     for name, numbers in {"train": range(n_train), "val": range(-n_val, 0)}.items():
-        samples = [new_sample(number, config.tasks[number % len(config.tasks)], config, encode, 16)
-                   for number in numbers]
+        tasks = [(number, config.tasks[number % len(config.tasks)]) for number in numbers]
+        samples = [new_sample(*each, config, encode) for each in tasks]
         os.makedirs(config.write, exist_ok=True)
         tokens, answers = np.stack(samples, axis=1)
         tokens.astype("<u2").tofile(f"{config.write}/{name}.bin")

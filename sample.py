@@ -20,7 +20,7 @@ from itertools import islice, product
 
 import torch
 
-from model import PRESETS, RATConfig, RATPlus, load_checkpoint, require
+from model import PRESETS, Cache, Pattern, RATConfig, RATPlus, load_checkpoint, require
 from train import (Tokenizer, file_of, fingerprint, header, keys_at, new_parser, note, on_gpu,
                    out_of_memory, pattern_flag, run, use_device)
 
@@ -50,10 +50,6 @@ def seconds(call, flags):
     call()
     sync()
     return time.perf_counter() - start
-
-
-def state_bytes(cache):
-    return sum(layer.state.nbytes for layer in cache.layers)
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -90,8 +86,8 @@ def summary(n_prompt, stamps, cache, config):
     """The last line of a text. stamps: seconds when it began, and when each token was there."""
     first = 3 if len(stamps) > 4 else 1                 # a GPU captures its graph for token 3
     speed = (len(stamps) - 1 - first) / max(stamps[-1] - stamps[first], 1e-9)
-    dense = 2 * config.n_layer * config.n_embd * cache.max_len * cache.dtype.itemsize
-    dense += state_bytes(cache)                         # of a D1 that may not fit the memory
+    nowhere = torch.empty(0, device="meta")             # a dense cache may not fit the memory
+    dense = Cache(config, 1, cache.max_len, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
     return (f"prefill {n_prompt} tokens {1e3 * (stamps[1] - stamps[0]):.1f} ms | decode "
             f"{speed:.1f} tok/s | cache {cache.nbytes / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB "
             f"({cache.nbytes / dense:.1%})")
@@ -115,7 +111,7 @@ def bench(name, model, flags):
                 break
             batch, prefill, step, cache, read, moved = found
             speed = speeds[context, pattern, kind] = batch / step
-            dense = speeds.get((context, "D1", kind), math.nan)
+            dense = speeds.get((context, "D1", kind), math.nan)     # nan: it had no memory
             print(f"| {context} | {pattern} | {batch} | {1e3 * prefill:.1f} | {1e3 * step:.3f} "
                   f"| {speed:.0f} | {speed / dense:.2f}x | {cache / 1e6:.1f} | {read / 1e6:.1f} "
                   f"| {moved / step / copy:.0%} |", flush=True)
@@ -147,8 +143,7 @@ def measure_fitting(model, context, pattern, batch, flags):
             batch = batch * 15 // 16
         finally:
             gc.collect()
-            if on_gpu(flags):
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()                    # does nothing on a CPU
 
 
 def measure(model, context, pattern, batch, flags):
@@ -159,35 +154,35 @@ def measure(model, context, pattern, batch, flags):
     idx = torch.randint(model.config.vocab_size, (1, context), device=flags.device)
     prefills = []
     while batch == 1 and len(prefills) < 4 and sum(prefills[1:]) < 1:      # the first compiles
-        fill_at_random(cache, 0)
+        cache.length = 0
+        cache.seen.zero_()
         prefills.append(seconds(lambda: model.prefill(idx, cache), flags))
-    fill_at_random(cache, context)
+    for layer in cache.layers:                          # as if all sequences had been read
+        for z in [z for group in layer.groups for z in group.tensors]:
+            z.normal_()
+    cache.length = context
+    cache.seen.fill_(context)
     steps = model.stream(idx[:, :1].expand(batch, 1), flags.tokens + 3, cache, temperature=0)
     list(islice(steps, 3))                              # a GPU captures its graph for the third
     step = seconds(lambda: list(steps), flags) / flags.tokens
-    read = bytes_read(cache, context + 3 + flags.tokens // 2)
-    moved = read + state_bytes(cache) + sum(p.nbytes for p in model.parameters())
+    read = bytes_read(cache, torch.tensor([context + 3 + flags.tokens // 2]))
+    written = sum(layer.state.nbytes for layer in cache.layers)
+    moved = read + written + sum(p.nbytes for p in model.parameters())
     return batch, min(prefills, default=math.nan), step, cache.nbytes, read, moved
 
 
-def fill_at_random(cache, length):
-    """As if `length` tokens had been seen, without the time of a prefill."""
-    for layer in cache.layers:
-        for z in [z for group in layer.groups for z in group.tensors]:
-            z.normal_()
-    cache.length = length
-    cache.seen.fill_(length)
-
-
 def bytes_read(cache, t):
-    """Bytes of the cache that a step at position t reads."""
-    p = torch.arange(t)
-    total = state_bytes(cache)
-    for group in [group for layer in cache.layers for group in layer.groups]:
-        rule = group.rule
-        if rule.topk:
-            total += t // rule.block * group.summaries[:, :, :1].nbytes
-        total += keys_at(rule, t, p).sum().item() * 2 * group.k[:, :, :1].nbytes
+    """Bytes of the cache that a decoding step reads, mean over its positions t (n,)."""
+    p = torch.arange(cache.max_len)
+    total = 0
+    for layer in cache.layers:
+        total += layer.state.nbytes
+        for group in layer.groups:
+            keys = keys_at(group.rule, t[:, None], p).sum().item() / len(t) - 1     # but its own
+            total += keys * 2 * group.k[:, :, :1].nbytes
+            if group.rule.topk:
+                n_blocks = (t // group.rule.block).double().mean().item()
+                total += n_blocks * group.summaries[:, :, :1].nbytes
     return total
 
 

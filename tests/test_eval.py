@@ -221,12 +221,12 @@ def test_bad_flags_are_an_error_in_words(flags, why):
 @pytest.mark.parametrize("text", ["D1", "D4", "W0", "D4W3S2", "D1/D4", "D1,W3", "N4K2:minmax",
                                   "D4N4K3"])
 def test_costs_are_those_of_a_real_cache(text, dtype):
-    """And a step's mean over the positions, which sample.py counts by itself."""
     pattern = Pattern.parse(text)
     keys, *found = evaluation.costs(pattern, SHAPE, 32, dtype)
     real = RATPlus(SHAPE).to(dtype).new_cache(1, 32, pattern)
     assert found[0] == real.nbytes / 32
-    assert found[1] == pytest.approx(np.mean([sample.bytes_read(real, t) for t in range(32)]))
+    assert found[1] == pytest.approx(
+        np.mean([sample.bytes_read(real, t) for t in torch.arange(32)[:, None]]))
     if "N" not in text:
         groups = range(len(pattern.rules(0)))
         masks = torch.stack([pattern.mask(32, i, j) for i in range(2) for j in groups])
@@ -274,8 +274,8 @@ def lines_of(items):
 
 @torch.no_grad()
 def naive(model, items, pattern, T):
-    """[(group, acc, norm, ll, tokens)] of items, one sequence after the other."""
-    found = []
+    """[(acc, norm, ll)] of items and [group], one sequence after the other."""
+    found, groups = [], []
     for queries, choices, gold, *group in items:
         if isinstance(queries, str):
             queries = [queries] * len(choices)
@@ -293,51 +293,50 @@ def naive(model, items, pattern, T):
         if len(lls) == 1:
             acc = norm = right[0]
         if max(counts) <= T:
-            found.append((*(group or [None]), acc, norm, lls[gold], counts[gold]))
-    return found
+            found.append((acc, norm, lls[gold]))
+            groups.append(str(group))
+    return np.array(found, dtype=float), groups
 
 
 @pytest.mark.parametrize("eval_batch", [1, 64])
-def test_choices_are_scored_as_defined(capsys, eval_batch):
-    """Against a naive scorer, for every record."""
-    files = {"mixed.jsonl": ITEMS, "single.jsonl": SINGLE}
+def test_choices_are_scored_as_defined(capsys, monkeypatch, eval_batch):
+    """Against a naive scorer: each item, and the cells of the table."""
+    files = {"mixed": ITEMS, "single": SINGLE}
     for name, items in files.items():
-        Path(name).write_text(lines_of(items))
-    on_cpu("--choices", *files, "--pattern", "D4", "W0", "--eval-batch", eval_batch)
+        Path(f"{name}.jsonl").write_text(lines_of(items))
+    seen = []
+    score = evaluation.score
+    monkeypatch.setattr(evaluation, "score", lambda *args: seen.append(score(*args)) or seen[-1])
+    on_cpu("--choices", "mixed.jsonl", "single.jsonl", "--pattern", "D4", "W0", "--eval-batch",
+           eval_batch)
     out, err = capsys.readouterr()
     assert re.search("mixed.jsonl.*short for the queries of 1 items.*choices of 1 items", err)
     assert err.count("short") == 1
-    records = [json.loads(line) for line in Path("out/choices.jsonl").read_text().splitlines()]
     dense = {}
-    for record in records:
-        path = "out/D4.pt" if record["weights"] == "adapted" else "out/dense.pt"
-        file = record["file"]
-        model, _ = load_checkpoint(path)
-        groups, acc, norm, lls, counts = zip(*naive(model, files[file], record["pattern"], 32))
-        wanted = {"items": len(lls), "ll": np.mean(lls)}
-        wanted["nats"] = -sum(lls) / sum(counts)
-        wanted["acc"], wanted["stderr"] = evaluation.mean_of_groups(acc, groups)
-        wanted["norm"], _ = evaluation.mean_of_groups(norm, groups)
-        if record["weights"] == "dense":
-            dense[file] = acc
-        else:
-            differences = np.subtract(acc, dense[file], dtype=float)
-            delta = evaluation.mean_of_groups(differences, groups)
-            wanted["delta"], wanted["delta_stderr"] = delta
-        assert {name: record[name] for name in wanted} == pytest.approx(wanted, 1e-5)
-        key = record["pattern"], record["weights"], record["model"]
-        cell = evaluation.choices_cell(record, file == "single.jsonl")
-        assert table(out)[key][file.removesuffix(".jsonl")] == cell
-    assert len(records) == 8
-    assert any(record.get("delta") and record["delta_stderr"] for record in records)
+    different = False
+    found = iter(seen)
+    for (pattern, weights, _), row in table(out).items():
+        path = "out/D4.pt" if weights == "adapted" else "out/dense.pt"
+        for name, items in files.items():
+            wanted, groups = naive(load_checkpoint(path)[0], items, pattern, 32)
+            assert next(found) == pytest.approx(wanted, 1e-5)
+            acc, norm, ll = wanted.T
+            delta = acc - dense.setdefault(name, acc)
+            means = []
+            for values in (acc, norm, delta):
+                means += evaluation.mean_of_groups(100 * values, groups)
+            text = "{:.1f} ± {:.1f}".format(*means[:2])
+            ppl = f", ppl {math.exp(-ll.mean()):.4g}"
+            text += ppl if name == "single" else f" / {means[2]:.1f}"
+            if weights != "dense":
+                text += " ({:+.1f} ± {:.1f})".format(*means[4:])
+            assert row[name] == text
+            different |= delta.any()
+    assert len(seen) == 8 and different
 
 
-def test_numbers_of_choices_as_text_and_by_group():
-    record = {"acc": 0.5, "stderr": 0.0123, "norm": 0.25, "ll": -math.log(30)}
-    delta = {"delta": -0.012, "delta_stderr": 0.003}
-    assert evaluation.choices_cell(record, False) == "50.0 ± 1.2 / 25.0"
-    assert evaluation.choices_cell(record | delta, True) == "50.0 ± 1.2, ppl 30 (-1.2 ± 0.3)"
-    values = [1, 0, -1, 1, 1, 1, 1, 0, 0]
+def test_means_of_groups():
+    values = np.array([1, 0, -1, 1, 1, 1, 1, 0, 0])
     error = np.std(values[:3], ddof=1) / 3 ** 0.5
     mean = evaluation.mean_of_groups(values, [*"aaabbbbcc"])
     assert mean == pytest.approx((1 / 3, error / 3)), "0 ± error, 1 ± 0 and 0 ± 0"
@@ -391,11 +390,8 @@ def test_bad_files_are_refused_by_name_and_line(content, why):
     refused("--choices", name, why=why)
 
 
-def test_scores_are_printed_before_they_are_written(capsys):
+def test_weights_of_nan_have_no_scores():
     Path("a.jsonl").write_text(lines_of(ITEMS))
-    os.mkdir("out/choices.jsonl")
-    refused("--choices", "a.jsonl", "--pattern", "D4", why="out/choices.jsonl")
-    assert len(table(capsys.readouterr().out)) == 3
     model, meta = load_checkpoint("out/dense.pt")
     model.norm.weight.data[0] = math.nan
     save_checkpoint("nan.pt", model, **meta)
@@ -422,7 +418,7 @@ def test_the_answers_of_a_task_are_in_its_text(task, tokenizer):
     lengths = set()
     for number in range(-12, 12):
         config = settings(context=(256, 400, 1400)[number % 3])
-        arguments = number, task, config, encode, 1 if number < 0 else 16
+        arguments = number, task, config, encode
         tokens, answer = evaluation.new_sample(*arguments)
         assert np.array_equal((tokens, answer), evaluation.new_sample(*arguments))
         assert len(tokens) == config.context, "it is filled"
@@ -456,7 +452,7 @@ def test_data_for_fine_tuning_are_samples_one_after_another():
         assert len(windows) == 300 * len(numbers)
         for number, idx, targets in zip(numbers, *windows.cut(range(len(numbers)), 300)):
             task = [*evaluation.TASKS][number % 8]
-            sample = evaluation.new_sample(number, task, config, encode, 16).astype(int)
+            sample = evaluation.new_sample(number, task, config, encode).astype(int)
             tokens, answer = torch.from_numpy(sample)
             assert torch.equal(idx, tokens)
             assert torch.equal(targets[:-1], tokens.masked_fill(answer == 0, -100)[1:])
