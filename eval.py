@@ -13,7 +13,7 @@ alone. Flags that are not typed are those of the training.
 
 `--choices FILE.jsonl ...` scores items {"query": text, "choices": [texts], "gold": index}, one a
 line, as lm-evaluation-harness does. `query` may be a list, one a choice. Lists of token ids may
-stand in place of texts. Items may name a "group": then acc, norm and delta are means over groups.
+stand in place of texts.
 
   ll    = sum of the log-probabilities of the tokens of " " + choice, after the query
   acc   = share of items whose gold choice has the largest ll; of equal ones the first counts
@@ -200,7 +200,7 @@ def reach(row, val, config):
 # ---- Benchmarks: which choice is the likeliest after a query -------------------------------------
 
 def read_item(line, coder, config):
-    """(choices, sizes, gold, group) of a line. Exceptions of any kind if it is bad.
+    """(choices, sizes, gold) of a line. Exceptions of any kind if it is bad.
 
     choices: [(tokens of query and choice, how many of them are the choice's)]. Both are encoded at
     once, as a tokenizer may join them. Blanks between them count as the choice's. An empty query
@@ -226,7 +226,7 @@ def read_item(line, coder, config):
         require(all(type(token) is int and 0 <= token < V for token in tokens), "a token is none "
                 f"of the model's {V}, or the query is empty and --eot not given")
         choices.append((tokens, n))
-    return choices, [*map(len, texts)], gold, str(item.get("group"))
+    return choices, [*map(len, texts)], gold
 
 
 def read_items(path, coder, config):
@@ -277,7 +277,7 @@ def score(row, items, config):
         for choice, ll, each in zip(batch, lls.split(sizes), likeliest.split(sizes)):
             scores[choice] = ll.sum().item(), each.all().item()
     found = []
-    for choices, sizes, gold, _ in items:
+    for choices, sizes, gold in items:
         lls, likeliest = np.array([scores[choice] for choice in choices]).T
         right = len(lls) > 1 or likeliest[0]
         acc = right and lls.argmax() == gold                    # of equal ones, the first
@@ -288,20 +288,12 @@ def score(row, items, config):
     return np.array(found, dtype=float)
 
 
-def mean_of_groups(values, groups):
-    """The mean over groups of the means of their values (n, m), and its standard error, (m,)."""
-    parts = [values[np.array(groups) == name] for name in np.unique(groups)]
-    means = [part.mean(0) for part in parts]
-    errors = [part.std(0) / math.sqrt(max(1, len(part) - 1)) for part in parts]
-    return np.mean(means, 0), np.linalg.norm(errors, axis=0) / len(parts)
-
-
 def choices_cell(items, found, dense):
     """The text for what `score` found, and under D1 `dense`, from which a delta is counted."""
     acc, norm, ll = found.T
-    groups = [group for *_, group in items]
-    values = np.stack((acc, norm, acc - dense[:, 0]), axis=1)
-    means, errors = mean_of_groups(100 * values, groups)
+    values = 100 * np.stack((acc, norm, acc - dense[:, 0]))
+    means = values.mean(1)
+    errors = values.std(1) / math.sqrt(max(1, len(items) - 1))
     text = f"{means[0]:.1f} ± {errors[0]:.1f}"
     single = all(len(choices) == 1 for choices, *_ in items)
     ppl = torch.tensor(-ll.mean()).exp()                # inf where it is too large for a float
