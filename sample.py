@@ -12,6 +12,7 @@ small cache makes room for a large batch: that is where the speed comes from.
 with a warning. `python sample.py --bench --preset paper-1.5b --contexts 4096 16384` prints a table.
 """
 import argparse
+import functools
 import gc
 import math
 import os
@@ -173,13 +174,14 @@ def measure(model, context, pattern, batch, flags):
 
 def bytes_read(cache, t):
     """Bytes of the cache that a decoding step reads, mean over its positions t (n,)."""
+    t = t[:, None]
     p = torch.arange(cache.max_len)
+    keys = functools.cache(lambda rule: (keys_at(rule, t, p) & (p < t)).sum().item() / len(t))
     total = 0
     for layer in cache.layers:
         total += layer.state.nbytes
         for group in layer.groups:
-            keys = keys_at(group.rule, t[:, None], p).sum().item() / len(t) - 1     # but its own
-            total += keys * 2 * group.k[:, :, :1].nbytes
+            total += keys(group.rule) * 2 * group.k[:, :, :1].nbytes
             if group.rule.topk:
                 n_blocks = (t // group.rule.block).double().mean().item()
                 total += n_blocks * group.summaries[:, :, :1].nbytes

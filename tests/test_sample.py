@@ -13,8 +13,6 @@ import sample
 from model import RATConfig, RATPlus, load_checkpoint, save_checkpoint
 from train import Tokenizer, fingerprint
 
-FLAGS = SimpleNamespace(device="cpu")
-
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -174,12 +172,13 @@ def test_decoding_goes_on_from_a_cache_that_is_filled_at_random(pattern, monkeyp
 
 
 def test_bandwidth_is_of_the_fastest_copy(monkeypatch):
+    flags = SimpleNamespace(device="cpu")
     ticks = iter([1.0, 1.5])
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
-    assert sample.seconds(lambda: None, FLAGS) == 0.5
+    assert sample.seconds(lambda: None, flags) == 0.5
     times = iter([3.0, 0.5, *[2.0] * 8])
     monkeypatch.setattr(sample, "seconds", lambda copy, flags: next(times))
-    assert sample.copy_bandwidth(FLAGS) == 2 * 2**26 / 0.5
+    assert sample.copy_bandwidth(flags) == 2 * 2**26 / 0.5
 
 
 def test_the_largest_batch_leaves_a_tenth_of_the_memory():
@@ -188,18 +187,13 @@ def test_the_largest_batch_leaves_a_tenth_of_the_memory():
         assert sample.largest_batch(cache, flags) == batch
 
 
-def table(capsys):
-    """The rows of the table that was printed, as {column: text}."""
-    lines = re.findall(r"^\| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
-    head, *rows = [line.split(" | ") for line in lines]
-    return [dict(zip(head, row)) for row in rows]
-
-
 def test_bench_measures_each_pattern_against_dense(capsys):
     patterns = ["D1", "D4W3/D1", "D4N4K2"]
     flags = ["--contexts", 8, 20, "--tokens", 2, "--max-batch", 3]
     call("--bench", "--pattern", *patterns[1:], *flags)
-    rows = table(capsys)
+    out = capsys.readouterr().out
+    head, *lines = re.findall(r"^\| (.*) \|$", out, re.MULTILINE)
+    rows = [dict(zip(head.split(" | "), line.split(" | "))) for line in lines]
     names = [(row["context"], row["pattern"], row["batch"]) for row in rows]
     assert names == [(T, name, batch) for T in ("8", "20") for name in patterns for batch in "13"]
     shape = RATPlus(RATConfig(32000, 4, 4, 128))                # the laptop's
