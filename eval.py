@@ -12,8 +12,7 @@ it. `--compare out out/attention` puts runs side by side, `--checkpoint out/D16.
 alone. Flags that are not typed are those of the training.
 
 `--choices FILE.jsonl ...` scores items {"query": text, "choices": [texts], "gold": index}, one a
-line, as lm-evaluation-harness does. `query` may be a list, one a choice. Lists of token ids may
-stand in place of texts.
+line, as lm-evaluation-harness does. `query` may be a list, one a choice. Texts may be lists of ids.
 
   ll    = sum of the log-probabilities of the tokens of " " + choice, after the query
   acc   = share of items whose gold choice has the largest ll; of equal ones the first counts
@@ -80,11 +79,11 @@ def rows_of(path, model, meta, config):
     for other in sorted({*beside} - {"dense.pt"}):
         file = os.path.join(folder, other)
         try:
-            found, about = load_checkpoint(file, config.device)
-            named = file == file_of(about["pattern"], folder)
-            require(named and about.get("parent") in parents, f"{file} is no file that adapt.py "
-                    f"made from {path}")
-            adapted[about["pattern"]] = found
+            found, about = load_checkpoint(file)
+            pattern = about["pattern"]
+            require(about.get("parent") in parents and file == file_of(pattern, folder),
+                    f"{file} is no file that adapt.py made from {path}")
+            adapted[pattern] = found
         except (ValueError, OSError) as error:
             note(f"left out: {error}")
     rows = []
@@ -93,7 +92,7 @@ def rows_of(path, model, meta, config):
         weights = "switched" if text != own else "dense" if text == "D1" else "adapted"
         rows.append(Row(pattern, weights, name, model))
         if text in adapted:
-            rows.append(Row(pattern, "adapted", name, adapted[text]))
+            rows.append(Row(pattern, "adapted", name, adapted[text].to(config.device)))
     return rows
 
 
@@ -419,8 +418,8 @@ def write_niah(config):
     n_train = config.samples or 16384
     n_val = max(2, n_train // 20)
     for name, numbers in {"train": range(n_train), "val": range(-n_val, 0)}.items():
-        tasks = [(number, config.tasks[number % len(config.tasks)]) for number in numbers]
-        samples = [new_sample(*each, config, encode) for each in tasks]
+        samples = [new_sample(number, config.tasks[number % len(config.tasks)], config, encode)
+                   for number in numbers]
         os.makedirs(config.write, exist_ok=True)
         tokens, answers = np.stack(samples, axis=1)
         tokens.astype("<u2").tofile(f"{config.write}/{name}.bin")
