@@ -60,14 +60,14 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     is 0 while a loss is not: each save follows a record, so none holds weights of NaN.
     """
     loss_fn = trainable(model, config)
+    groups = [group for each in optimizers.values() for group in each.param_groups]
     flops = flops_per_token(model, pattern, arl, config)
     start = time.perf_counter()
     reported = first                            # steps that were done at the last record
     for step in range(first, config.steps):
         lr = schedule(step, config)
-        for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        for group in groups:
+            group["lr"] = lr
         parts = share(*batch(step), config)
         losses = {}
         for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
@@ -85,10 +85,9 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
                 "the last checkpoint is untouched")
         seconds = (time.perf_counter() - start) / (done - reported)
         rate = config.batch_size * config.context / seconds
-        mfu = flops * rate / peak_flops(config)
-        eta = seconds * (config.steps - done) / 60
-        yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate, mfu=mfu,
-                   eta=eta, stopped=stopped)
+        yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate,
+                   mfu=flops * rate / peak_flops(config),
+                   eta=seconds * (config.steps - done) / 60, stopped=stopped)
         if stopped:
             return
         start = time.perf_counter()
@@ -241,11 +240,9 @@ PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090"
 
 def peak_flops(config):
     """FLOP/s of all devices together. Infinite for unknown cards: their MFU is then not shown."""
-    if config.dtype == "bfloat16" and on_gpu(config):
-        for card, peak in PEAKS.items():
-            if card in torch.cuda.get_device_name():
-                return WORLD * 1e12 * peak
-    return math.inf
+    used = config.dtype == "bfloat16" and on_gpu(config)
+    name = torch.cuda.get_device_name() if used else ""
+    return WORLD * 1e12 * max((PEAKS[card] for card in PEAKS if card in name), default=math.inf)
 
 
 def flops_per_token(model, pattern, arl, config):
@@ -361,6 +358,7 @@ def load_data(config):
     use. Fills in config.tokenizer, config.vocab_size where it is open, and config.data_key, which
     tells these tokens from others wherever they lie. If it held another key, stderr says so.
     """
+    require(config.data, "the checkpoint does not say what it was trained on: --data is needed")
     require(all(config.data), "--data is empty: is a variable of your shell not set?")
     config.data = [each if each == "stdlib" else os.path.abspath(each) for each in config.data]
     folders = [each for each in config.data if os.path.exists(os.path.join(each, "train.bin"))]
@@ -674,7 +672,6 @@ def check(config):
             f"--grad-accum {config.grad_accum} x {WORLD} processes")
     require(config.warmup <= 1, f"--warmup {config.warmup:g}: it is a share of the steps, 0 to 1")
     require(config.min_lr <= config.lr, f"--min-lr {config.min_lr:g} is above --lr {config.lr:g}")
-    config.data = config.data or ["stdlib"]
     use_device(config)
     if config.compile is None:
         config.compile = on_gpu(config)
@@ -688,23 +685,32 @@ MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "g
 # the learning rate; and what changes the result by rounding at most.
 
 
+def inherit(parser, argv, path, left_out=NOT_INHERITED):
+    """(config, model, meta) of a script that starts from the checkpoint at `path`, if it is given:
+    a flag that is not typed has the value of the checkpoint's run, unless it is left out.
+    """
+    config = parser.parse_args(argv)
+    if not path:
+        return config, None, {}
+    model, meta = load_checkpoint(path)
+    saved = {"data": None, **meta.get("train", {}), **asdict(model.config)}
+    saved.update(tokenizer=meta["tokenizer"], pattern=meta["pattern"])
+    names = (saved.keys() & vars(config)) - left_out
+    parser.set_defaults(**{name: saved[name] for name in names})
+    return parser.parse_args(argv), model, meta
+
+
 def recorded(config):
     """The flags that a checkpoint keeps."""
     return {name: value for name, value in vars(config).items() if name not in OF_A_CALL}
 
 
-def inherited(meta, config, left_out):
-    """The flags of a checkpoint's run that the script of `config` has too, and the tokenizer."""
-    saved = {**meta.get("train", {}), "tokenizer": meta["tokenizer"]}
-    return {name: saved[name] for name in saved if hasattr(config, name) and name not in left_out}
-
-
-def refuse_changes(path, saved, config, free=()):
+def refuse_changes(path, saved, config, free=MAY_DIFFER):
     """ValueError if a flag is not what the checkpoint at `path` has for it."""
-    for name, value in saved.items():
+    for name in saved.keys() - free:
         mine = getattr(config, name)
-        require(name in free or mine == value, f"--{name.replace('_', '-')} {mine}: {path} has "
-                f"{value}, and what changes the result can't differ")
+        require(mine == saved[name], f"--{name.replace('_', '-')} {mine}: {path} has {saved[name]}, "
+                "and what changes the result can't differ")
 
 
 def on_gpu(config):
@@ -856,33 +862,30 @@ def log_line(record, config, pattern):
 
 # ---- Pretraining and fine-tuning -----------------------------------------------------------------
 
-def settle(parser, argv):
-    """(config, path, model, meta) of a run; the last two of the checkpoint it starts from."""
-    config = parser.parse_args(argv)
-    start = file_of(config.pattern, config.out) if config.resume else config.checkpoint
-    model, meta = load_checkpoint(start) if start else (None, {})
-    shape = asdict(model.config) if start else {}
-    saved = {}
-    if start:
-        dense = config.pattern == meta["pattern"] == "D1"       # ARL belongs to dense training
-        left_out = NOT_INHERITED | {"data_key"} | (set() if dense else {"arl"})
-        saved = inherited(meta, config, () if config.resume else left_out) | shape
-        saved["pattern"] = meta["pattern"]
-        require("optimizer" in meta or not config.resume, f"{start} can't be resumed, as train.py "
-                "has not made it")
-        require(saved.get("data") or config.data, f"{start} does not say what it was trained on: "
-                "--data is needed")
-    parser.set_defaults(**PRESETS[config.preset] | RECIPES[config.preset] | saved)
-    config = parser.parse_args(argv)
+def settle(argv):
+    """(config, model, meta) of a run; the last two of the checkpoint that it starts from."""
+    parser = train_flags()
+    typed = parser.parse_args(argv)
+    parser.set_defaults(data=["stdlib"], **PRESETS[typed.preset], **RECIPES[typed.preset])
+    start = file_of(typed.pattern, typed.out) if typed.resume else typed.checkpoint
+    left_out = set() if typed.resume else NOT_INHERITED | {"data_key"}
+    config, model, meta = inherit(parser, argv, start, left_out)
+    if config.pattern != "D1" and not config.resume:
+        config.arl = typed.arl                          # that of a checkpoint is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
-    refuse_changes(start, saved if config.resume else shape, config, MAY_DIFFER)
+    if config.resume:
+        require("optimizer" in meta, f"{start} can't be resumed, as train.py has not made it")
+        refuse_changes(start, vars(parser.parse_args([])), config)
+    elif start:
+        refuse_changes(start, asdict(model.config), config)
     check(config)
-    return config, file_of(config.pattern, config.out), model, meta
+    return config, model, meta
 
 
 def main(argv=None):
-    config, path, model, meta = settle(train_flags(), argv)
+    config, model, meta = settle(argv)
+    path = file_of(config.pattern, config.out)
     train, val = load_data(config)
     require(not config.resume or config.data_key == meta["train"].get("data_key"), f"--resume: "
             f"{' '.join(config.data)} holds other tokens than {path} was trained on")

@@ -106,7 +106,7 @@ def windows_of(*flags):
 
 
 def settle(*args):
-    return train.settle(train.train_flags(), ["--device", "cpu", *map(str, args)])[0]
+    return train.settle(["--device", "cpu", *map(str, args)])[0]
 
 
 def tiny_model(seed=0):
@@ -897,7 +897,7 @@ NAMED = ("--steps many; --steps 0; --clip -1; --lr nan; --lr inf; --vocab-size 0
     ("train", "--grad-accum 3", "--batch-size 4 does not split into --grad-accum 3 x 1"),
     ("tuned", "--n-embd 32", "--n-embd 32: out/dense.pt has 16"),
     ("tuned", "--no-recurrence", "--recurrence False: out/dense.pt has True"),
-    ("tuned", "--checkpoint bare.pt", "bare.pt does not say what it was trained on: --data"),
+    ("tuned", "--checkpoint bare.pt", "does not say what it was trained on: --data is needed"),
     ("adapt", "--pattern D1/D2/D4", "does not fit"),
     ("adapt", "--pattern D4 --data wide", "token 400 is beyond the vocabulary of 64"),
     ("adapt", "--lr 1e-5 --min-lr 1e-4", "--min-lr 0.0001 is above --lr 1e-05"),
