@@ -38,7 +38,6 @@ def settle(argv):
     parser.set_defaults(steps=max(40, steps // 100), lr=lr, min_lr=min(lr, min_lr), warmup=0.0)
     config = parser.parse_args(argv)
     check(config)
-    config.eval_interval = config.steps                 # validation is at the end only
     return config, model, meta
 
 

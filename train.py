@@ -81,8 +81,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         losses = dict(zip(losses, values))
         norm = norm.item()                      # of the whole batch already
         healthy = math.isfinite(sum(values) + norm) and (norm > 0 or max(values) == 0)
-        require(healthy, f"training stopped at step {done}: losses {losses}, gradient norm {norm}; "
-                "the last checkpoint is untouched")
+        require(healthy, f"training stopped at step {done}: losses {losses}, gradient norm {norm}")
         seconds = (time.perf_counter() - start) / (done - reported)
         rate = config.batch_size * config.context / seconds
         yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate,
@@ -338,7 +337,7 @@ class Windows:
         """
         counts = self.counts(stride)
         ends = counts.cumsum()
-        rows = torch.full((2, len(numbers), self.T + 1), -100)
+        idx, targets = np.full((2, len(numbers), self.T + 1), -100, np.int64)
         for i, number in enumerate(numbers):
             file = ends.searchsorted(number, side="right")
             tokens, mask = self.files[file]
@@ -346,11 +345,11 @@ class Windows:
             row = tokens[start:start + self.T + 1].astype(np.int64)
             require(row.max() < self.config.vocab_size, f"{tokens.filename}: token {row.max()} is "
                     f"beyond the vocabulary of {self.config.vocab_size}")
-            rows[0, i, :len(row)] = torch.from_numpy(row)
+            idx[i, :len(row)] = row
             if mask is not None:
                 row[mask[start:start + len(row)] != 1] = -100
-            rows[1, i, :len(row)] = torch.from_numpy(row)
-        return rows[0, :, :-1], rows[1, :, 1:]
+            targets[i, :len(row)] = row
+        return torch.from_numpy(idx[:, :-1]), torch.from_numpy(targets[:, 1:])
 
 
 def load_data(config):
@@ -369,17 +368,13 @@ def load_data(config):
             "a text needs --tokenizer bytes or gpt2")
     if texts:
         folders.append(tokenize(texts, coder.name, config.split_on))
-    sides = []
-    for name in ("train.bin", "val.bin"):
-        files = [open_bin(os.path.join(folder, name)) for folder in folders]
-        sides.append(Windows(files, config, coder))
-    files = sides[0].files + sides[1].files
+    train = Windows([open_bin(f"{folder}/train.bin") for folder in folders], config, coder)
+    val = Windows([open_bin(f"{folder}/val.bin") for folder in folders], config, coder)
+    files = train.files + val.files
     if not config.vocab_size:
         size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
-        config.vocab_size = in_64s(size)
-    trained = sides[0].counts(1)
-    _, targets = sides[1].spread
-    for windows, counts in zip(sides, (trained, targets != -100)):
+        config.vocab_size = -(-size // 64) * 64         # in 64s, which suits the matrix products
+    for windows, counts in ((train, train.counts(1)), (val, val.spread[1] != -100)):
         require(counts.any(), f"{windows.files[0][0].filename}: no target counts in its "
                 f"{len(windows)} tokens: more than the --context of {config.context} are needed, "
                 "and a mask that lets some count")
@@ -388,12 +383,7 @@ def load_data(config):
         note(f"warning: {' '.join(config.data)} has changed since the training, or is other data "
              f"(then {config.data_key}, now {key}): validation may hold what was trained on")
     config.data_key = key
-    return sides
-
-
-def in_64s(size):
-    """A vocabulary's size, rounded up to a multiple of 64, which suits the matrix products."""
-    return -(-int(size) // 64) * 64
+    return train, val
 
 
 def open_bin(path):
@@ -446,8 +436,7 @@ def find_texts(source):
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited or any(name.endswith(".pt") for name in names):
-            folders.clear()
-            continue
+            folders[:] = names = []
         visited.add(real)
         folders[:] = sorted({*folders} - (SKIPPED if stdlib else set()))
         for path in sorted(os.path.join(folder, name) for name in names):
@@ -641,7 +630,7 @@ def train_flags():
     flag("--n-layer", type=int, help="layers")
     flag("--n-head", type=int, help="heads")
     flag("--n-embd", type=int, help="width")
-    flag("--vocab-size", type=in_64s, help="in 64s; default: the tokenizer's")
+    flag("--vocab-size", type=int, help="default: the tokenizer's, rounded up to a multiple of 64")
     flag("--recurrence", action=SWITCH, default=True, help="--no-recurrence: attention only")
     flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates: each batch "
          "draws one; none: no such update; default: D64 for a dense RAT+, else none")
@@ -709,8 +698,8 @@ def refuse_changes(path, saved, config, free=MAY_DIFFER):
     """ValueError if a flag is not what the checkpoint at `path` has for it."""
     for name in saved.keys() - free:
         mine = getattr(config, name)
-        require(mine == saved[name], f"--{name.replace('_', '-')} {mine}: {path} has {saved[name]}, "
-                "and what changes the result can't differ")
+        require(mine == saved[name], f"--{name.replace('_', '-')} {mine}: {path} has "
+                f"{saved[name]}, and what changes the result can't differ")
 
 
 def on_gpu(config):
@@ -760,8 +749,8 @@ def catch_signals():
         if WORLD == 1:
             signal.signal(number, signal.default_int_handler)
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:       # Windows has no SIGHUP
-        number = getattr(signal, name)
+    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)             # Windows has none
+    for number in (signal.SIGINT, signal.SIGTERM, hang_up):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, catch)
     return signals
@@ -790,10 +779,10 @@ def run(main):
     try:
         main()
         print(end="", flush=True)                           # a full disk shows here at the latest
-    except (Exception, KeyboardInterrupt) as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        if code == 1 and not isinstance(error, (ValueError, OSError)) and not out_of_memory(error):
+    except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
         note(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split()) or 'interrupted'}")
     if WORLD > 1:
         os._exit(code)                      # does not wait for what others will not send
@@ -814,7 +803,9 @@ def fingerprint(model):
 
 
 def save(path, model, optimizers=None, **meta):
-    """save_checkpoint of process 0, with the optimizers' states. The others wait for it."""
+    """save_checkpoint of process 0, with the optimizers' states. The others wait: torchrun kills it
+    soon after one of them ends.
+    """
     if RANK == 0:
         states = {name: each.state_dict() for name, each in (optimizers or {}).items()}
         save_checkpoint(path, model, **meta, **states)
@@ -835,12 +826,12 @@ def open_log(path, config, first=0):
                     "--overwrite starts anew, --out names another folder")
             os.replace(old, f"{old}.old")
         return open(log_path, "x")
-    with open(log_path, "a+", errors="replace") as old, open(f"{log_path}.tmp", "w") as log:
-        old.seek(0)                             # records begin with their step; torn ones go
-        records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in old]
-        log.writelines(each[0] for each in records if each and int(each[1]) <= first)
-    os.replace(log.name, log_path)
-    return open(log_path, "a")
+    log = open(log_path, "a+", errors="replace")
+    log.seek(0)                                 # records begin with their step; torn ones go
+    records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in log]
+    log.truncate(0)
+    log.writelines(each[0] for each in records if each and int(each[1]) <= first)
+    return log
 
 
 def report(log, text, **record):
@@ -874,11 +865,9 @@ def settle(argv):
         config.arl = typed.arl                          # that of a checkpoint is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
-    if config.resume:
-        require("optimizer" in meta, f"{start} can't be resumed, as train.py has not made it")
-        refuse_changes(start, vars(parser.parse_args([])), config)
-    elif start:
-        refuse_changes(start, asdict(model.config), config)
+    if start:
+        fixed = vars(parser.parse_args([])) if config.resume else asdict(model.config)
+        refuse_changes(start, fixed, config)
     check(config)
     return config, model, meta
 
@@ -895,53 +884,49 @@ def main(argv=None):
     model.to(config.device)
     pattern = Pattern.parse(config.pattern).check(model.config)
     arl = [Pattern.parse(name).check(model.config) for name in config.arl if name != "none"]
-    parent = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
+    kept = {"pattern": config.pattern, "tokenizer": config.tokenizer, "train": recorded(config)}
+    if config.checkpoint:
+        kept["parent"] = meta.get("parent") or fingerprint(model)
     optimizers = new_optimizers(model, config)
     step = 0
     if config.resume:
+        require("optimizer" in meta, f"{path} can't be resumed, as train.py has not made it")
         step = meta["step"]
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(meta[name])
-    complete = step >= config.steps and meta["val"]     # {}: stopped in its last validation
     per_byte = bytes_per_token(val)
-    save_with = functools.partial(save, path, model, optimizers, pattern=str(pattern), **parent,
-                                  tokenizer=config.tokenizer, train=recorded(config))
-
-    def validate():
-        losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
-        save_with(step=step, val=losses)
-        text = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        if per_byte:
-            text += f" | {bits_per_byte(losses[str(pattern)], per_byte):.4f} bits per byte"
-        if on_gpu(config):
-            text += f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        report(log, f"step {step:04} | val {text} | saved {path}", step=step, val=losses)
-
+    size = config.steps * config.batch_size * config.context
+    ratio = size / sum(p.numel() for p in model.parameters())
     header(model, config)
     signals = catch_signals()
     with open_log(path, config, step) as log:
-        size = config.steps * config.batch_size * config.context
-        each = size / sum(p.numel() for p in model.parameters())
-        report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, {each:.2g} a parameter, of "
+        report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, {ratio:.2g} a parameter, of "
                f"{len(train) / 1e6:.3g}M; {len(val) / 1e6:.3g}M for validation", step=step,
                config=recorded(config), torch=torch.__version__)
+        if step >= config.steps:
+            print(f"{path} is complete: {step} steps")
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]
-            stopped = record.pop("stopped") and step < config.steps
-            due = step % config.eval_interval == 0
-            if stopped or due or step == config.steps:
-                save_with(step=step, val={})        # printing may fail, validating takes time
+            last = step == config.steps
+            stopped = record.pop("stopped") and not last
+            due = last or step % config.eval_interval == 0
+            if stopped or due:                  # printing may fail, validating takes time
+                save(path, model, optimizers, step=step, val={}, **kept)
             report(log, log_line(record, config, config.pattern), **record)
             if stopped:
                 own = "" if config.pattern == "D1" else f"--pattern {config.pattern} "
                 raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, {own}"
                                         "--resume goes on")
-            if due and step < config.steps:
-                validate()
-        if complete:
-            print(f"{path} is complete: {step} steps")
-        else:
-            validate()
+            if due:
+                losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
+                save(path, model, optimizers, step=step, val=losses, **kept)
+                text = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+                if per_byte:
+                    bits = bits_per_byte(losses[config.pattern], per_byte)
+                    text += f" | {bits:.4f} bits per byte"
+                if on_gpu(config):
+                    text += f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+                report(log, f"step {step:04} | val {text} | saved {path}", step=step, val=losses)
 
 
 if __name__ == "__main__":

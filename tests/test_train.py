@@ -698,7 +698,7 @@ def another(flag, value):
         return [flag.option_strings[value is not False]]        # --flag, --no-flag
     if flag.choices:
         return [name, next(choice for choice in flag.choices if choice != value)]
-    if flag.type in (int, float, train.in_64s):
+    if flag.type in (int, float):
         return [name, str(2 * (value or 1))]
     return [name, OTHERS.get(flag.dest, "D8")]                  # --arl, --pattern
 
