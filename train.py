@@ -293,6 +293,7 @@ class Windows:
         self.config = config
         self.coder = coder
         self.T = config.context
+        self.epoch = self.counts(self.T).sum()          # how many windows lie side by side
 
     def __len__(self):
         return sum(len(tokens) for tokens, _ in self.files)
@@ -305,8 +306,7 @@ class Windows:
 
     @functools.lru_cache(2)
     def order(self, epoch):
-        count = self.counts(self.T).sum()
-        return np.random.default_rng((self.config.seed, epoch)).permutation(count)
+        return np.random.default_rng((self.config.seed, epoch)).permutation(self.epoch)
 
     def batch(self, step):
         """idx, targets (B, T) of a training step, which follow from the seed and the step: windows
@@ -314,7 +314,7 @@ class Windows:
         does not count: another document's first token can't be known.
         """
         B = self.config.batch_size
-        places = divmod(step * B + np.arange(B), self.counts(self.T).sum())
+        places = divmod(step * B + np.arange(B), self.epoch)
         numbers = [self.order(epoch)[i] for epoch, i in zip(*places)]
         idx, targets = self.cut(numbers, self.T)
         if self.coder.eot is not None:
@@ -328,7 +328,7 @@ class Windows:
         """
         stride = 1 if all(mask is None for _, mask in self.files) else self.T
         total = self.counts(stride).sum()
-        most = min(self.config.eval_windows, self.counts(self.T).sum(), total)
+        most = min(self.config.eval_windows, self.epoch, total)
         return self.cut(np.linspace(0, total - 1, most).astype(int), stride)
 
     def cut(self, numbers, stride):
@@ -375,9 +375,9 @@ def load_data(config):
         size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
         config.vocab_size = -(-size // 64) * 64         # in 64s, which suits the matrix products
     for windows, counts in ((train, train.counts(1)), (val, val.spread[1] != -100)):
-        require(counts.any(), f"{windows.files[0][0].filename}: no target counts in its "
-                f"{len(windows)} tokens: more than the --context of {config.context} are needed, "
-                "and a mask that lets some count")
+        path = windows.files[0][0].filename
+        require(counts.any(), f"{path}: no target counts in its {len(windows)} tokens: more than "
+                f"the --context of {config.context} are needed, or another mask")
     key = data_key(files)
     if config.data_key not in (None, key):
         note(f"warning: {' '.join(config.data)} has changed since the training, or is other data "
@@ -696,10 +696,10 @@ def recorded(config):
 
 def refuse_changes(path, saved, config, free=MAY_DIFFER):
     """ValueError if a flag is not what the checkpoint at `path` has for it."""
-    for name in saved.keys() - free:
+    for name, value in saved.items():
         mine = getattr(config, name)
-        require(mine == saved[name], f"--{name.replace('_', '-')} {mine}: {path} has "
-                f"{saved[name]}, and what changes the result can't differ")
+        require(name in free or mine == value, f"--{name.replace('_', '-')} {mine}: {path} has "
+                f"{value}, and what changes the result can't differ")
 
 
 def on_gpu(config):
