@@ -263,13 +263,11 @@ def keys_per_token(pattern, config, T):
     """
     t = torch.linspace(0, T - 1, min(T, 1024)).round().long()[:, None]
     p = torch.arange(T)
-    total = 0.0
-    for i, rules in enumerate(pattern.layers):
-        n_layers = len(range(i, config.n_layer, len(pattern.layers)))
-        for rule in rules:
-            mean = keys_at(rule, t, p).sum().item() / len(t)
-            total += mean * n_layers / len(rules)
-    return total / config.n_layer
+    layers = []
+    for rules in pattern.layers:
+        keys = [keys_at(rule, t, p).sum().item() / len(t) for rule in rules]
+        layers.append(np.mean(keys))
+    return float(np.mean([layers[i % len(layers)] for i in range(config.n_layer)]))
 
 
 def keys_at(rule, t, p):
@@ -380,8 +378,8 @@ def load_data(config):
                 f"the --context of {config.context} are needed, or another mask")
     key = data_key(files)
     if config.data_key not in (None, key):
-        note(f"warning: {' '.join(config.data)} has changed since the training, or is other data "
-             f"(then {config.data_key}, now {key}): validation may hold what was trained on")
+        note(f"warning: {' '.join(config.data)} has changed since the training, or is other data: "
+             "validation may hold what was trained on")
     config.data_key = key
     return train, val
 
@@ -907,16 +905,14 @@ def main(argv=None):
             print(f"{path} is complete: {step} steps")
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]
-            last = step == config.steps
-            stopped = record.pop("stopped") and not last
-            due = last or step % config.eval_interval == 0
+            stopped = record.pop("stopped") and step < config.steps
+            due = step == config.steps or step % config.eval_interval == 0
             if stopped or due:                  # printing may fail, validating takes time
                 save(path, model, optimizers, step=step, val={}, **kept)
             report(log, log_line(record, config, config.pattern), **record)
             if stopped:
-                own = "" if config.pattern == "D1" else f"--pattern {config.pattern} "
-                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, {own}"
-                                        "--resume goes on")
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, --resume "
+                                        "goes on")
             if due:
                 losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
                 save(path, model, optimizers, step=step, val=losses, **kept)

@@ -434,18 +434,6 @@ def test_a_run_says_what_it_trains_on_and_what_a_validation_finds(capsys):
                         f"{val['D1'] / math.log(2):.4f} bits per byte | saved out/dense.pt\n")
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("--tokenizer bytes", 2 / 3), ("--tokenizer gpt2", 2), ("--tokenizer ids", None),
-    ("--tokenizer ids --eot 99", None)])
-def test_bits_per_byte_are_of_the_text_that_the_targets_stand_for(monkeypatch, flags, expected):
-    vocabulary = SimpleNamespace(decode_single_token_bytes=lambda token: b"ab")
-    monkeypatch.setattr("tiktoken.get_encoding", lambda name: vocabulary)
-    bins([97, 97, 256] * 30)
-    windows = windows_of("--data", "bins", "--context", 30, *flags.split())
-    assert train.bytes_per_token(windows) == pytest.approx(expected)
-    assert train.bits_per_byte(3 * math.log(2), 1.5) == pytest.approx(2)
-
-
 # ---- Batches and .bin files ----------------------------------------------------------------------
 
 def test_windows_lie_side_by_side_and_each_is_read_once_an_epoch():
@@ -491,14 +479,20 @@ def test_only_targets_that_a_mask_names_count():
     refused(train.main, *IDS, why="no target counts in its 240 tokens")
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("", ("gpt2", 50256, 50304)), ("--tokenizer ids", ("ids", None, 128)),
-    ("--tokenizer ids --eot 3", ("ids", 3, 128)), ("--tokenizer bytes", ("bytes", 256, 320))])
-def test_bins_are_gpt2_s_unless_a_flag_says_what_they_are(flags, expected):
-    bins([3, 64, 1] * 10)
-    config = settings("--data", "bins", *flags.split(), vocab_size=None)
-    coder = train.load_data(config)[0].coder
-    assert (config.tokenizer, coder.eot, config.vocab_size) == expected
+@pytest.mark.parametrize("flags, expected, n_bytes", [
+    ("", ("gpt2", 50256, 50304), 2), ("--tokenizer ids", ("ids", None, 320), None),
+    ("--tokenizer ids --eot 3", ("ids", 3, 320), None),
+    ("--tokenizer bytes", ("bytes", 256, 320), 2 / 3)])
+def test_bins_are_gpt2_s_unless_a_flag_says_what_they_are(monkeypatch, flags, expected, n_bytes):
+    """And that text's bytes are those of a token of the targets."""
+    vocabulary = SimpleNamespace(decode_single_token_bytes=lambda token: b"ab")
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: vocabulary)
+    bins([97, 97, 256] * 30)
+    config = settings("--data", "bins", "--context", 30, *flags.split(), vocab_size=None)
+    train_windows, val_windows = train.load_data(config)
+    assert (config.tokenizer, train_windows.coder.eot, config.vocab_size) == expected
+    assert train.bytes_per_token(val_windows) == pytest.approx(n_bytes)
+    assert train.bits_per_byte(3 * math.log(2), 1.5) == pytest.approx(2)
 
 
 def llmc(n, *header):
@@ -542,15 +536,6 @@ def test_the_key_of_data_tells_them_from_others():
         tokens[place] += 1
         keys.add(train.data_key([(tokens, None)]))
     assert len(keys) == 5 and train.data_key([(tokens, None)]) in keys
-
-
-@pytest.mark.parametrize("tokens, warnings", [(None, 0), ([5, 6] * 120, 1)])
-def test_other_data_are_warned_of_the_same_elsewhere_are_not(dense, capsys, tokens, warnings):
-    bins(tokens, folder="other")
-    call(adapt.main, "--data", "other", "--pattern", "D4", "--steps", 1)
-    assert capsys.readouterr().err.count("has changed since the training") == warnings
-    if not warnings:
-        call(train.main, "--data", "other", "--resume")
 
 
 # ---- Texts and tokenizers ------------------------------------------------------------------------
@@ -652,7 +637,9 @@ def test_a_tokenizer_gives_back_its_text(name):
 
 @pytest.mark.parametrize("flags", ["", "--optimizer muon", "--one-update --arl D2 D4"])
 def test_a_killed_run_goes_on_to_the_bit(capsys, flags):
-    """Saved at step 8, killed after step 10, moved; a line of the log is torn, and another NUL."""
+    """Saved at step 8, killed after step 10, moved with its data; a line of the log is torn, and
+    another NUL.
+    """
     run = [*flags.split(), "--steps", 12, "--eval-interval", 4, "--lr", 0.01]
     pretrain(*run, "--out", "whole")
     stopped(10, sys.exit, pretrain, *run)
@@ -660,7 +647,8 @@ def test_a_killed_run_goes_on_to_the_bit(capsys, flags):
     with open("out/dense.jsonl", "a") as log:
         log.write('\0\0\0\n[1]\n{"loss": 1}\n{"step": 9, "los')
     os.rename("out", "moved")
-    call(train.main, "--resume", "--out", "moved", "--steps", 12)
+    os.rename("bins", "elsewhere")
+    call(train.main, "--resume", "--out", "moved", "--steps", 12, "--data", "elsewhere")
     assert weights("moved/dense.pt").equal(weights("whole/dense.pt"))
     assert [line["step"] for line in lines("moved/dense.jsonl")] == [*range(1, 13)]
     assert losses("moved/dense.jsonl") == losses("whole/dense.jsonl")
@@ -668,7 +656,8 @@ def test_a_killed_run_goes_on_to_the_bit(capsys, flags):
     assert [line["val"] for line in lines("moved/dense.jsonl", "val")] == vals
     assert meta_of("moved/dense.pt")["val"] == vals[-1]
     call(train.main, "--resume", "--out", "moved", "--steps", 12)
-    assert "moved/dense.pt is complete: 12 steps" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "moved/dense.pt is complete: 12 steps" in out and "has changed" not in err
 
 
 def test_weights_are_saved_before_their_validation(monkeypatch):
@@ -848,13 +837,14 @@ def test_the_authors_checkpoint_is_adapted_and_fine_tuned():
     refused(adapt.main, "--checkpoint", GOLDEN, "--pattern", "D8", why="--data is needed")
 
 
-def test_adaptation_resumes_by_keeping_what_is_done(dense):
-    """In the same way, on the same data, from the same weights."""
+def test_adaptation_resumes_by_keeping_what_is_done(dense, capsys):
+    """In the same way, on the same data, from the same weights. Other data are warned of."""
     bins(bins()[::-1], folder="other")
     call(adapt.main, "--pattern", "D4", "--steps", 2, "--data", "other")
+    assert capsys.readouterr().err.count("has changed since the training") == 1
     before = Path("out/D4.pt").read_bytes()
     both = ("--pattern", "D4", "D8", "--steps", 2, "--data", "other", "--resume")
-    refused(adapt.main, *both[:-1], why="out/D4.pt exists: --resume keeps it")
+    refused(adapt.main, *both[:-1], why="out/D4.pt exists: --resume goes on")
     refused(adapt.main, *both, "--data", "bins", why="--data-key 480 tokens")
     for flag, value in (("--steps", 3), ("--seed", 1), ("--clip", 9.0), ("--optimizer", "muon")):
         refused(adapt.main, *both, flag, value, why=f"{flag} {value}: out/D4.pt")
@@ -881,7 +871,7 @@ def test_adaptation_takes_a_hundredth_of_the_steps(dense, steps, lr, expected):
     assert (config.seed, config.dtype, config.eot) == (0, "float32", EOT)
 
 
-# ---- Bad input, processes ------------------------------------------------------------------------
+# ---- Bad input, other people's machines, several processes ---------------------------------------
 
 NAMED = ("--steps many; --steps 0; --clip -1; --lr nan; --lr inf; --vocab-size 0; --batch-size 0; "
          "--context -5; --seed -1; --data=; --eval-windows 0; --preset huge; --arl D-1; "
@@ -913,8 +903,6 @@ def test_bad_input_is_refused(script, args, why):
     start = ["--checkpoint", "out/dense.pt", "--out", "new"] if script == "tuned" else []
     refused(adapt.main if script == "adapt" else train.main, *start, *args.split(), why=why)
 
-
-# ---- Other people's machines ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("error, code, why", [
     (ValueError("bad\ninput"), 1, "bad input"),
