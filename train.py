@@ -74,8 +74,8 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
             losses[str(each)], norm = update(loss_fn, optimizers, parts, each, config.clip)
         done = step + 1
         stopped = summed(torch.tensor(len(signals))).item() > 0
-        ends = stopped or done == config.steps
-        if not ends and step > first and done % config.log_interval and done % config.eval_interval:
+        due = done % config.log_interval == 0 or done % config.eval_interval == 0
+        if not (due or stopped or step == first or done == config.steps):
             continue
         values = summed(torch.stack([*losses.values()]).double().cpu()).tolist()
         losses = dict(zip(losses, values))
@@ -648,7 +648,7 @@ def pattern_flag(text):
 
 
 def check(config):
-    """Fill in the data, the device, the dtype, --compile. ValueError if flags are of no use."""
+    """Fill in the device, the dtype, --compile. ValueError if flags are of no use."""
     for name, value in vars(config).items():
         if type(value) in (int, float) and name != "eot":
             least = 1 if type(value) is int and name != "seed" else 0
