@@ -60,6 +60,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     is 0 while a loss is not: each save follows a record, so none holds weights of NaN.
     """
     loss_fn = trainable(model, config)
+    intervals = config.log_interval, config.eval_interval
     groups = [group for each in optimizers.values() for group in each.param_groups]
     flops = flops_per_token(model, pattern, arl, config)
     start = time.perf_counter()
@@ -74,7 +75,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
             losses[str(each)], norm = update(loss_fn, optimizers, parts, each, config.clip)
         done = step + 1
         stopped = summed(torch.tensor(len(signals))).item() > 0
-        due = done % config.log_interval == 0 or done % config.eval_interval == 0
+        due = not all(done % interval for interval in intervals)
         if not (due or stopped or step == first or done == config.steps):
             continue
         values = summed(torch.stack([*losses.values()]).double().cpu()).tolist()
@@ -84,9 +85,10 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         require(healthy, f"training stopped at step {done}: losses {losses}, gradient norm {norm}")
         seconds = (time.perf_counter() - start) / (done - reported)
         rate = config.batch_size * config.context / seconds
+        mfu = flops * rate / peak_flops(config)
+        eta = seconds * (config.steps - done) / 60
         yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate,
-                   mfu=flops * rate / peak_flops(config),
-                   eta=seconds * (config.steps - done) / 60, stopped=stopped)
+                   mfu=mfu, eta=eta, stopped=stopped)
         if stopped:
             return
         start = time.perf_counter()
@@ -241,7 +243,8 @@ def peak_flops(config):
     """FLOP/s of all devices together. Infinite for unknown cards: their MFU is then not shown."""
     used = config.dtype == "bfloat16" and on_gpu(config)
     name = torch.cuda.get_device_name() if used else ""
-    return WORLD * 1e12 * max((PEAKS[card] for card in PEAKS if card in name), default=math.inf)
+    known = [PEAKS[card] for card in PEAKS if card in name]
+    return WORLD * 1e12 * known[0] if known else math.inf
 
 
 def flops_per_token(model, pattern, arl, config):
@@ -252,7 +255,7 @@ def flops_per_token(model, pattern, arl, config):
     shape = model.config
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     main, *sparse = [keys_per_token(p, shape, config.context) for p in (pattern, *arl)]
-    keys = (main + float(np.mean(sparse or main))) / 2
+    keys = (main + np.mean(sparse or main)) / 2
     n_updates = 2 if arl and not config.one_update else 1
     return n_updates * (6 * weights + 12 * shape.n_embd * shape.n_layer * keys)
 
@@ -267,7 +270,7 @@ def keys_per_token(pattern, config, T):
     for rules in pattern.layers:
         keys = [keys_at(rule, t, p).sum().item() / len(t) for rule in rules]
         layers.append(np.mean(keys))
-    return float(np.mean([layers[i % len(layers)] for i in range(config.n_layer)]))
+    return np.mean([layers[i % len(layers)] for i in range(config.n_layer)])
 
 
 def keys_at(rule, t, p):
@@ -409,14 +412,15 @@ def open_bin(path):
     return tokens, mask
 
 
-def data_key(files, chunks=64, chunk=4096):
+def data_key(files):
     """The number of tokens, and a hash of 64 chunks of each file, spread evenly."""
     content = hashlib.sha1()
     for tokens, mask in files:
-        for start in np.linspace(0, max(0, len(tokens) - chunk), chunks).astype(int):
-            content.update(tokens[start:start + chunk])
+        last = max(0, len(tokens) - 4096)
+        for start in np.linspace(0, last, 64).astype(int):
+            content.update(tokens[start:start + 4096])
             if mask is not None:
-                content.update(mask[start:start + chunk])
+                content.update(mask[start:start + 4096])
     return f"{sum(len(tokens) for tokens, _ in files)} tokens {content.hexdigest()[:8]}"
 
 
@@ -672,7 +676,7 @@ MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "g
 # the learning rate; and what changes the result by rounding at most.
 
 
-def inherit(parser, argv, path, left_out=NOT_INHERITED):
+def inherit(parser, argv, path, left_out):
     """(config, model, meta) of a script that starts from the checkpoint at `path`, if it is given:
     a flag that is not typed has the value of the checkpoint's run, unless it is left out.
     """
@@ -790,8 +794,8 @@ def run(main):
 
 def file_of(pattern, out):
     """The checkpoint of a pattern in `out`: dense.pt of D1, D16.pt, D1+D4_D8.pt of D1,D4/D8."""
-    name = "dense" if str(pattern) == "D1" else str(pattern).translate(str.maketrans(",/:", "+_-"))
-    return os.path.join(out, f"{name}.pt")
+    name = pattern.translate(str.maketrans(",/:", "+_-"))
+    return os.path.join(out, "dense.pt" if name == "D1" else f"{name}.pt")
 
 
 def fingerprint(model):
@@ -843,7 +847,7 @@ def log_line(record, config, pattern):
     losses = dict(record["losses"])
     main = f" | loss {losses.pop(pattern):.4f}" if pattern in losses else " |"
     sparse = "".join(f" sparse {loss:.4f}" for loss in losses.values())
-    mfu = f" | MFU {record['mfu']:.0%}" * (record["mfu"] > 0)
+    mfu = f" | MFU {record['mfu']:.0%}" if record["mfu"] else ""
     return (f"step {record['step']:04}/{config.steps:04}{main}{sparse} | lr {record['lr']:.1e} | "
             f"norm {record['norm']:.2f} | {record['ms']:.0f} ms | {record['rate'] / 1e3:.1f}k tok/s"
             f"{mfu} | ETA {record['eta']:.1f} min")
