@@ -100,7 +100,6 @@ def settings(*args, **given):
 
 
 def windows_of(*flags):
-    """The Windows to train on."""
     return train.load_data(settings(*flags, vocab_size=None))[0]
 
 
@@ -269,7 +268,7 @@ def test_adaptation_is_the_loop_written_out_and_prints_its_table(capsys):
     assert meta["train"] == meta_of()["train"], "how the parent was pretrained"
 
 
-# ---- The loop ------------------------------------------------------------------------------------
+# ---- The loop, and what is printed or recorded of it ---------------------------------------------
 
 @pytest.mark.parametrize("flag, expected", [
     ("--no-one-update", {"D2 D1": 200, "D4 D1": 200}),
@@ -351,8 +350,6 @@ def test_compile_is_on_by_default_on_a_gpu_alone(monkeypatch, device, flags, com
     assert len(compiled) == compiles and model.checkpointing
 
 
-# ---- Numbers that are printed or recorded --------------------------------------------------------
-
 @pytest.mark.parametrize("recurrence, flag, arl", [
     (1, "", []), (0, "", ["D4"]), (1, "", ["D4", "W2,D8"]), (1, "--one-update", ["D4"])])
 def test_flops_are_those_of_the_products_and_the_keys_of_all_updates(recurrence, flag, arl):
@@ -432,7 +429,7 @@ def test_a_run_says_what_it_trains_on_and_what_a_validation_finds(capsys):
                         f"{val['D1'] / math.log(2):.4f} bits per byte | saved out/dense.pt\n")
 
 
-# ---- Batches and .bin files ----------------------------------------------------------------------
+# ---- Data: batches, .bin files, texts, tokenizers ------------------------------------------------
 
 def test_windows_lie_side_by_side_and_each_is_read_once_an_epoch():
     """8 + 5 windows of 8, in two files. Batches of 4 cross the ends of epochs."""
@@ -535,8 +532,6 @@ def test_the_key_of_data_tells_them_from_others():
         keys.add(train.data_key([(tokens, None)]))
     assert len(keys) == 5
 
-
-# ---- Texts and tokenizers ------------------------------------------------------------------------
 
 def split(source="text", **given):
     """The documents on both sides of a tokenized source."""
