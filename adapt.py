@@ -16,7 +16,7 @@ import os
 
 from model import Pattern, load_checkpoint
 from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, catch_signals,
-                   check, evaluate, file_of, fingerprint, fit, header, inherited, load_data,
+                   check, evaluate, file_of, fingerprint, fit, header, inherit, load_data,
                    log_line, new_optimizers, new_parser, open_log, pattern_flag, recorded,
                    refuse_changes, report, require, run, save)
 
@@ -31,26 +31,20 @@ def settle(argv):
                         help="the patterns, each adapted from the dense checkpoint")
     config = parser.parse_args(argv)
     path = config.checkpoint or file_of("D1", config.out)
-    model, meta = load_checkpoint(path)
-    saved = inherited(meta, config, {*NOT_INHERITED, "pattern", "optimizer", "one_update"})
-    require("data" in saved or config.data, f"{path} does not say what it was trained on: --data "
-            "is needed")
-    lr = min(saved.get("lr", config.lr) / 10, 5e-4)         # Muon's rates are too high for AdamW
-    parser.set_defaults(**saved)
-    parser.set_defaults(steps=max(40, saved.get("steps", 0) // 100), lr=lr, warmup=0.0,
-                        min_lr=min(lr, saved.get("min_lr", config.min_lr)),
-                        vocab_size=model.config.vocab_size)
+    left_out = {*NOT_INHERITED, "pattern", "optimizer", "one_update"}
+    _, model, meta = inherit(parser, argv, path, left_out)
+    steps, lr, min_lr = map(parser.get_default, ("steps", "lr", "min_lr"))
+    lr = min(lr / 10, 5e-4)                             # Muon's rates are too high for AdamW
+    parser.set_defaults(steps=max(40, steps // 100), lr=lr, min_lr=min(lr, min_lr), warmup=0.0)
     config = parser.parse_args(argv)
     check(config)
-    config.eval_interval = config.steps                 # validation is at the end only
     return config, model, meta
 
 
 def is_done(path, parent, config):
-    """Whether --resume keeps the file. ValueError if it is in the way, or was made otherwise."""
-    if not os.path.exists(path) or config.overwrite:
+    """Whether --resume keeps the file. ValueError if it was made otherwise."""
+    if not config.resume or not os.path.exists(path):
         return False
-    require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
     _, meta = load_checkpoint(path)
     require("adapt" in meta and meta["parent"] == parent, f"{path} was not adapted from these "
             "weights: --overwrite adapts anew")

@@ -43,7 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import Cache, Pattern, RATPlus, load_checkpoint, require
 from sample import bytes_read
 from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte,
-                   bytes_per_token, evaluate, file_of, fingerprint, header, inherited,
+                   bytes_per_token, evaluate, file_of, fingerprint, header, inherit,
                    keys_per_token, load_data, move, new_parser, note, pattern_flag, run, use_device)
 
 
@@ -99,10 +99,8 @@ def rows_of(path, model, meta, config):
 def settle(path, argv):
     """(config, model, meta) of a checkpoint, whose flags are defaults; of none if path is None."""
     parser = eval_flags()
-    model, meta = load_checkpoint(path) if path else (None, {"tokenizer": "bytes"})
-    saved = inherited(meta, parser.parse_args(argv), {*NOT_INHERITED, "pattern", "vocab_size"})
-    parser.set_defaults(**saved, vocab_size=model and model.config.vocab_size)
-    config = parser.parse_args(argv)
+    parser.set_defaults(tokenizer="bytes")
+    config, model, meta = inherit(parser, argv, path, {*NOT_INHERITED, "pattern"})
     require(min(config.context, config.eval_windows, config.eval_batch) >= 1, "--context, "
             "--eval-windows and --eval-batch are at least 1")
     use_device(config)

@@ -60,35 +60,35 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     is 0 while a loss is not: each save follows a record, so none holds weights of NaN.
     """
     loss_fn = trainable(model, config)
+    intervals = config.log_interval, config.eval_interval
+    groups = [group for each in optimizers.values() for group in each.param_groups]
     flops = flops_per_token(model, pattern, arl, config)
     start = time.perf_counter()
     reported = first                            # steps that were done at the last record
     for step in range(first, config.steps):
         lr = schedule(step, config)
-        for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        for group in groups:
+            group["lr"] = lr
         parts = share(*batch(step), config)
         losses = {}
         for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
             losses[str(each)], norm = update(loss_fn, optimizers, parts, each, config.clip)
         done = step + 1
         stopped = summed(torch.tensor(len(signals))).item() > 0
-        ends = stopped or done == config.steps
-        if not ends and step > first and done % config.log_interval and done % config.eval_interval:
+        due = not all(done % interval for interval in intervals)
+        if not (due or stopped or step == first or done == config.steps):
             continue
         values = summed(torch.stack([*losses.values()]).double().cpu()).tolist()
         losses = dict(zip(losses, values))
         norm = norm.item()                      # of the whole batch already
         healthy = math.isfinite(sum(values) + norm) and (norm > 0 or max(values) == 0)
-        require(healthy, f"training stopped at step {done}: losses {losses}, gradient norm {norm}; "
-                "the last checkpoint is untouched")
+        require(healthy, f"training stopped at step {done}: losses {losses}, gradient norm {norm}")
         seconds = (time.perf_counter() - start) / (done - reported)
         rate = config.batch_size * config.context / seconds
         mfu = flops * rate / peak_flops(config)
         eta = seconds * (config.steps - done) / 60
-        yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate, mfu=mfu,
-                   eta=eta, stopped=stopped)
+        yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate,
+                   mfu=mfu, eta=eta, stopped=stopped)
         if stopped:
             return
         start = time.perf_counter()
@@ -241,11 +241,10 @@ PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090"
 
 def peak_flops(config):
     """FLOP/s of all devices together. Infinite for unknown cards: their MFU is then not shown."""
-    if config.dtype == "bfloat16" and on_gpu(config):
-        for card, peak in PEAKS.items():
-            if card in torch.cuda.get_device_name():
-                return WORLD * 1e12 * peak
-    return math.inf
+    used = config.dtype == "bfloat16" and on_gpu(config)
+    name = torch.cuda.get_device_name() if used else ""
+    known = [PEAKS[card] for card in PEAKS if card in name]
+    return WORLD * 1e12 * known[0] if known else math.inf
 
 
 def flops_per_token(model, pattern, arl, config):
@@ -256,7 +255,7 @@ def flops_per_token(model, pattern, arl, config):
     shape = model.config
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     main, *sparse = [keys_per_token(p, shape, config.context) for p in (pattern, *arl)]
-    keys = (main + float(np.mean(sparse or main))) / 2
+    keys = (main + np.mean(sparse or main)) / 2
     n_updates = 2 if arl and not config.one_update else 1
     return n_updates * (6 * weights + 12 * shape.n_embd * shape.n_layer * keys)
 
@@ -267,13 +266,11 @@ def keys_per_token(pattern, config, T):
     """
     t = torch.linspace(0, T - 1, min(T, 1024)).round().long()[:, None]
     p = torch.arange(T)
-    total = 0.0
-    for i, rules in enumerate(pattern.layers):
-        n_layers = len(range(i, config.n_layer, len(pattern.layers)))
-        for rule in rules:
-            mean = keys_at(rule, t, p).sum().item() / len(t)
-            total += mean * n_layers / len(rules)
-    return total / config.n_layer
+    layers = []
+    for rules in pattern.layers:
+        keys = [keys_at(rule, t, p).sum().item() / len(t) for rule in rules]
+        layers.append(np.mean(keys))
+    return np.mean([layers[i % len(layers)] for i in range(config.n_layer)])
 
 
 def keys_at(rule, t, p):
@@ -297,6 +294,7 @@ class Windows:
         self.config = config
         self.coder = coder
         self.T = config.context
+        self.epoch = self.counts(self.T).sum()          # how many windows lie side by side
 
     def __len__(self):
         return sum(len(tokens) for tokens, _ in self.files)
@@ -309,8 +307,7 @@ class Windows:
 
     @functools.lru_cache(2)
     def order(self, epoch):
-        count = self.counts(self.T).sum()
-        return np.random.default_rng((self.config.seed, epoch)).permutation(count)
+        return np.random.default_rng((self.config.seed, epoch)).permutation(self.epoch)
 
     def batch(self, step):
         """idx, targets (B, T) of a training step, which follow from the seed and the step: windows
@@ -318,7 +315,7 @@ class Windows:
         does not count: another document's first token can't be known.
         """
         B = self.config.batch_size
-        places = divmod(step * B + np.arange(B), self.counts(self.T).sum())
+        places = divmod(step * B + np.arange(B), self.epoch)
         numbers = [self.order(epoch)[i] for epoch, i in zip(*places)]
         idx, targets = self.cut(numbers, self.T)
         if self.coder.eot is not None:
@@ -332,7 +329,7 @@ class Windows:
         """
         stride = 1 if all(mask is None for _, mask in self.files) else self.T
         total = self.counts(stride).sum()
-        most = min(self.config.eval_windows, self.counts(self.T).sum(), total)
+        most = min(self.config.eval_windows, self.epoch, total)
         return self.cut(np.linspace(0, total - 1, most).astype(int), stride)
 
     def cut(self, numbers, stride):
@@ -341,7 +338,7 @@ class Windows:
         """
         counts = self.counts(stride)
         ends = counts.cumsum()
-        rows = torch.full((2, len(numbers), self.T + 1), -100)
+        idx, targets = np.full((2, len(numbers), self.T + 1), -100, np.int64)
         for i, number in enumerate(numbers):
             file = ends.searchsorted(number, side="right")
             tokens, mask = self.files[file]
@@ -349,11 +346,11 @@ class Windows:
             row = tokens[start:start + self.T + 1].astype(np.int64)
             require(row.max() < self.config.vocab_size, f"{tokens.filename}: token {row.max()} is "
                     f"beyond the vocabulary of {self.config.vocab_size}")
-            rows[0, i, :len(row)] = torch.from_numpy(row)
+            idx[i, :len(row)] = row
             if mask is not None:
                 row[mask[start:start + len(row)] != 1] = -100
-            rows[1, i, :len(row)] = torch.from_numpy(row)
-        return rows[0, :, :-1], rows[1, :, 1:]
+            targets[i, :len(row)] = row
+        return torch.from_numpy(idx[:, :-1]), torch.from_numpy(targets[:, 1:])
 
 
 def load_data(config):
@@ -361,6 +358,7 @@ def load_data(config):
     use. Fills in config.tokenizer, config.vocab_size where it is open, and config.data_key, which
     tells these tokens from others wherever they lie. If it held another key, stderr says so.
     """
+    require(config.data, "the checkpoint does not say what it was trained on: --data is needed")
     require(all(config.data), "--data is empty: is a variable of your shell not set?")
     config.data = [each if each == "stdlib" else os.path.abspath(each) for each in config.data]
     folders = [each for each in config.data if os.path.exists(os.path.join(each, "train.bin"))]
@@ -371,31 +369,22 @@ def load_data(config):
             "a text needs --tokenizer bytes or gpt2")
     if texts:
         folders.append(tokenize(texts, coder.name, config.split_on))
-    sides = []
-    for name in ("train.bin", "val.bin"):
-        files = [open_bin(os.path.join(folder, name)) for folder in folders]
-        sides.append(Windows(files, config, coder))
-    files = sides[0].files + sides[1].files
+    train = Windows([open_bin(f"{folder}/train.bin") for folder in folders], config, coder)
+    val = Windows([open_bin(f"{folder}/val.bin") for folder in folders], config, coder)
+    files = train.files + val.files
     if not config.vocab_size:
         size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
-        config.vocab_size = in_64s(size)
-    trained = sides[0].counts(1)
-    _, targets = sides[1].spread
-    for windows, counts in zip(sides, (trained, targets != -100)):
-        require(counts.any(), f"{windows.files[0][0].filename}: no target counts in its "
-                f"{len(windows)} tokens: more than the --context of {config.context} are needed, "
-                "and a mask that lets some count")
+        config.vocab_size = -(-size // 64) * 64         # in 64s, which suits the matrix products
+    for windows, counts in ((train, train.counts(1)), (val, val.spread[1] != -100)):
+        path = windows.files[0][0].filename
+        require(counts.any(), f"{path}: no target counts in its {len(windows)} tokens: more than "
+                f"the --context of {config.context} are needed, or another mask")
     key = data_key(files)
     if config.data_key not in (None, key):
-        note(f"warning: {' '.join(config.data)} has changed since the training, or is other data "
-             f"(then {config.data_key}, now {key}): validation may hold what was trained on")
+        note(f"warning: {' '.join(config.data)} has changed since the training, or is other data: "
+             "validation may hold what was trained on")
     config.data_key = key
-    return sides
-
-
-def in_64s(size):
-    """A vocabulary's size, rounded up to a multiple of 64, which suits the matrix products."""
-    return -(-int(size) // 64) * 64
+    return train, val
 
 
 def open_bin(path):
@@ -423,14 +412,15 @@ def open_bin(path):
     return tokens, mask
 
 
-def data_key(files, chunks=64, chunk=4096):
+def data_key(files):
     """The number of tokens, and a hash of 64 chunks of each file, spread evenly."""
     content = hashlib.sha1()
     for tokens, mask in files:
-        for start in np.linspace(0, max(0, len(tokens) - chunk), chunks).astype(int):
-            content.update(tokens[start:start + chunk])
+        last = max(0, len(tokens) - 4096)
+        for start in np.linspace(0, last, 64).astype(int):
+            content.update(tokens[start:start + 4096])
             if mask is not None:
-                content.update(mask[start:start + chunk])
+                content.update(mask[start:start + 4096])
     return f"{sum(len(tokens) for tokens, _ in files)} tokens {content.hexdigest()[:8]}"
 
 
@@ -448,8 +438,7 @@ def find_texts(source):
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited or any(name.endswith(".pt") for name in names):
-            folders.clear()
-            continue
+            folders[:] = names = []
         visited.add(real)
         folders[:] = sorted({*folders} - (SKIPPED if stdlib else set()))
         for path in sorted(os.path.join(folder, name) for name in names):
@@ -643,7 +632,7 @@ def train_flags():
     flag("--n-layer", type=int, help="layers")
     flag("--n-head", type=int, help="heads")
     flag("--n-embd", type=int, help="width")
-    flag("--vocab-size", type=in_64s, help="in 64s; default: the tokenizer's")
+    flag("--vocab-size", type=int, help="default: the tokenizer's, rounded up to a multiple of 64")
     flag("--recurrence", action=SWITCH, default=True, help="--no-recurrence: attention only")
     flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates: each batch "
          "draws one; none: no such update; default: D64 for a dense RAT+, else none")
@@ -663,7 +652,7 @@ def pattern_flag(text):
 
 
 def check(config):
-    """Fill in the data, the device, the dtype, --compile. ValueError if flags are of no use."""
+    """Fill in the device, the dtype, --compile. ValueError if flags are of no use."""
     for name, value in vars(config).items():
         if type(value) in (int, float) and name != "eot":
             least = 1 if type(value) is int and name != "seed" else 0
@@ -674,7 +663,6 @@ def check(config):
             f"--grad-accum {config.grad_accum} x {WORLD} processes")
     require(config.warmup <= 1, f"--warmup {config.warmup:g}: it is a share of the steps, 0 to 1")
     require(config.min_lr <= config.lr, f"--min-lr {config.min_lr:g} is above --lr {config.lr:g}")
-    config.data = config.data or ["stdlib"]
     use_device(config)
     if config.compile is None:
         config.compile = on_gpu(config)
@@ -688,18 +676,27 @@ MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "g
 # the learning rate; and what changes the result by rounding at most.
 
 
+def inherit(parser, argv, path, left_out):
+    """(config, model, meta) of a script that starts from the checkpoint at `path`, if it is given:
+    a flag that is not typed has the value of the checkpoint's run, unless it is left out.
+    """
+    config = parser.parse_args(argv)
+    if not path:
+        return config, None, {}
+    model, meta = load_checkpoint(path)
+    saved = {"data": None, **meta.get("train", {}), **asdict(model.config)}
+    saved.update(tokenizer=meta["tokenizer"], pattern=meta["pattern"])
+    names = (saved.keys() & vars(config)) - left_out
+    parser.set_defaults(**{name: saved[name] for name in names})
+    return parser.parse_args(argv), model, meta
+
+
 def recorded(config):
     """The flags that a checkpoint keeps."""
     return {name: value for name, value in vars(config).items() if name not in OF_A_CALL}
 
 
-def inherited(meta, config, left_out):
-    """The flags of a checkpoint's run that the script of `config` has too, and the tokenizer."""
-    saved = {**meta.get("train", {}), "tokenizer": meta["tokenizer"]}
-    return {name: saved[name] for name in saved if hasattr(config, name) and name not in left_out}
-
-
-def refuse_changes(path, saved, config, free=()):
+def refuse_changes(path, saved, config, free=MAY_DIFFER):
     """ValueError if a flag is not what the checkpoint at `path` has for it."""
     for name, value in saved.items():
         mine = getattr(config, name)
@@ -754,8 +751,8 @@ def catch_signals():
         if WORLD == 1:
             signal.signal(number, signal.default_int_handler)
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:       # Windows has no SIGHUP
-        number = getattr(signal, name)
+    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)             # Windows has none
+    for number in (signal.SIGINT, signal.SIGTERM, hang_up):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, catch)
     return signals
@@ -784,10 +781,10 @@ def run(main):
     try:
         main()
         print(end="", flush=True)                           # a full disk shows here at the latest
-    except (Exception, KeyboardInterrupt) as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        if code == 1 and not isinstance(error, (ValueError, OSError)) and not out_of_memory(error):
+    except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
         note(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split()) or 'interrupted'}")
     if WORLD > 1:
         os._exit(code)                      # does not wait for what others will not send
@@ -797,8 +794,8 @@ def run(main):
 
 def file_of(pattern, out):
     """The checkpoint of a pattern in `out`: dense.pt of D1, D16.pt, D1+D4_D8.pt of D1,D4/D8."""
-    name = "dense" if str(pattern) == "D1" else str(pattern).translate(str.maketrans(",/:", "+_-"))
-    return os.path.join(out, f"{name}.pt")
+    name = pattern.translate(str.maketrans(",/:", "+_-"))
+    return os.path.join(out, "dense.pt" if name == "D1" else f"{name}.pt")
 
 
 def fingerprint(model):
@@ -808,7 +805,9 @@ def fingerprint(model):
 
 
 def save(path, model, optimizers=None, **meta):
-    """save_checkpoint of process 0, with the optimizers' states. The others wait for it."""
+    """save_checkpoint of process 0, with the optimizers' states. The others wait: torchrun kills it
+    soon after one of them ends.
+    """
     if RANK == 0:
         states = {name: each.state_dict() for name, each in (optimizers or {}).items()}
         save_checkpoint(path, model, **meta, **states)
@@ -829,12 +828,12 @@ def open_log(path, config, first=0):
                     "--overwrite starts anew, --out names another folder")
             os.replace(old, f"{old}.old")
         return open(log_path, "x")
-    with open(log_path, "a+", errors="replace") as old, open(f"{log_path}.tmp", "w") as log:
-        old.seek(0)                             # records begin with their step; torn ones go
-        records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in old]
-        log.writelines(each[0] for each in records if each and int(each[1]) <= first)
-    os.replace(log.name, log_path)
-    return open(log_path, "a")
+    log = open(log_path, "a+", errors="replace")
+    log.seek(0)                                 # records begin with their step; torn ones go
+    records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in log]
+    log.truncate(0)
+    log.writelines(each[0] for each in records if each and int(each[1]) <= first)
+    return log
 
 
 def report(log, text, **record):
@@ -848,7 +847,7 @@ def log_line(record, config, pattern):
     losses = dict(record["losses"])
     main = f" | loss {losses.pop(pattern):.4f}" if pattern in losses else " |"
     sparse = "".join(f" sparse {loss:.4f}" for loss in losses.values())
-    mfu = f" | MFU {record['mfu']:.0%}" * (record["mfu"] > 0)
+    mfu = f" | MFU {record['mfu']:.0%}" if record["mfu"] else ""
     return (f"step {record['step']:04}/{config.steps:04}{main}{sparse} | lr {record['lr']:.1e} | "
             f"norm {record['norm']:.2f} | {record['ms']:.0f} ms | {record['rate'] / 1e3:.1f}k tok/s"
             f"{mfu} | ETA {record['eta']:.1f} min")
@@ -856,33 +855,28 @@ def log_line(record, config, pattern):
 
 # ---- Pretraining and fine-tuning -----------------------------------------------------------------
 
-def settle(parser, argv):
-    """(config, path, model, meta) of a run; the last two of the checkpoint it starts from."""
-    config = parser.parse_args(argv)
-    start = file_of(config.pattern, config.out) if config.resume else config.checkpoint
-    model, meta = load_checkpoint(start) if start else (None, {})
-    shape = asdict(model.config) if start else {}
-    saved = {}
-    if start:
-        dense = config.pattern == meta["pattern"] == "D1"       # ARL belongs to dense training
-        left_out = NOT_INHERITED | {"data_key"} | (set() if dense else {"arl"})
-        saved = inherited(meta, config, () if config.resume else left_out) | shape
-        saved["pattern"] = meta["pattern"]
-        require("optimizer" in meta or not config.resume, f"{start} can't be resumed, as train.py "
-                "has not made it")
-        require(saved.get("data") or config.data, f"{start} does not say what it was trained on: "
-                "--data is needed")
-    parser.set_defaults(**PRESETS[config.preset] | RECIPES[config.preset] | saved)
-    config = parser.parse_args(argv)
+def settle(argv):
+    """(config, model, meta) of a run; the last two of the checkpoint that it starts from."""
+    parser = train_flags()
+    typed = parser.parse_args(argv)
+    parser.set_defaults(data=["stdlib"], **PRESETS[typed.preset], **RECIPES[typed.preset])
+    start = file_of(typed.pattern, typed.out) if typed.resume else typed.checkpoint
+    left_out = set() if typed.resume else NOT_INHERITED | {"data_key"}
+    config, model, meta = inherit(parser, argv, start, left_out)
+    if config.pattern != "D1" and not config.resume:
+        config.arl = typed.arl                          # that of a checkpoint is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
-    refuse_changes(start, saved if config.resume else shape, config, MAY_DIFFER)
+    if start:
+        fixed = vars(parser.parse_args([])) if config.resume else asdict(model.config)
+        refuse_changes(start, fixed, config)
     check(config)
-    return config, file_of(config.pattern, config.out), model, meta
+    return config, model, meta
 
 
 def main(argv=None):
-    config, path, model, meta = settle(train_flags(), argv)
+    config, model, meta = settle(argv)
+    path = file_of(config.pattern, config.out)
     train, val = load_data(config)
     require(not config.resume or config.data_key == meta["train"].get("data_key"), f"--resume: "
             f"{' '.join(config.data)} holds other tokens than {path} was trained on")
@@ -892,53 +886,47 @@ def main(argv=None):
     model.to(config.device)
     pattern = Pattern.parse(config.pattern).check(model.config)
     arl = [Pattern.parse(name).check(model.config) for name in config.arl if name != "none"]
-    parent = {"parent": meta.get("parent") or fingerprint(model)} if config.checkpoint else {}
+    kept = {"pattern": config.pattern, "tokenizer": config.tokenizer, "train": recorded(config)}
+    if config.checkpoint:
+        kept["parent"] = meta.get("parent") or fingerprint(model)
     optimizers = new_optimizers(model, config)
     step = 0
     if config.resume:
+        require("optimizer" in meta, f"{path} can't be resumed, as train.py has not made it")
         step = meta["step"]
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(meta[name])
-    complete = step >= config.steps and meta["val"]     # {}: stopped in its last validation
     per_byte = bytes_per_token(val)
-    save_with = functools.partial(save, path, model, optimizers, pattern=str(pattern), **parent,
-                                  tokenizer=config.tokenizer, train=recorded(config))
-
-    def validate():
-        losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
-        save_with(step=step, val=losses)
-        text = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        if per_byte:
-            text += f" | {bits_per_byte(losses[str(pattern)], per_byte):.4f} bits per byte"
-        if on_gpu(config):
-            text += f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        report(log, f"step {step:04} | val {text} | saved {path}", step=step, val=losses)
-
+    size = config.steps * config.batch_size * config.context
+    ratio = size / sum(p.numel() for p in model.parameters())
     header(model, config)
     signals = catch_signals()
     with open_log(path, config, step) as log:
-        size = config.steps * config.batch_size * config.context
-        each = size / sum(p.numel() for p in model.parameters())
-        report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, {each:.2g} a parameter, of "
+        report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, {ratio:.2g} a parameter, of "
                f"{len(train) / 1e6:.3g}M; {len(val) / 1e6:.3g}M for validation", step=step,
                config=recorded(config), torch=torch.__version__)
+        if step >= config.steps:
+            print(f"{path} is complete: {step} steps")
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]
             stopped = record.pop("stopped") and step < config.steps
-            due = step % config.eval_interval == 0
-            if stopped or due or step == config.steps:
-                save_with(step=step, val={})        # printing may fail, validating takes time
+            due = step == config.steps or step % config.eval_interval == 0
+            if stopped or due:                  # printing may fail, validating takes time
+                save(path, model, optimizers, step=step, val={}, **kept)
             report(log, log_line(record, config, config.pattern), **record)
             if stopped:
-                own = "" if config.pattern == "D1" else f"--pattern {config.pattern} "
-                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, {own}"
-                                        "--resume goes on")
-            if due and step < config.steps:
-                validate()
-        if complete:
-            print(f"{path} is complete: {step} steps")
-        else:
-            validate()
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, --resume "
+                                        "goes on")
+            if due:
+                losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
+                save(path, model, optimizers, step=step, val=losses, **kept)
+                text = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+                if per_byte:
+                    bits = bits_per_byte(losses[config.pattern], per_byte)
+                    text += f" | {bits:.4f} bits per byte"
+                if on_gpu(config):
+                    text += f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+                report(log, f"step {step:04} | val {text} | saved {path}", step=step, val=losses)
 
 
 if __name__ == "__main__":
