@@ -35,6 +35,7 @@ import sys
 import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -236,10 +237,9 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     """
     q, k_rec, v_rec = (z.to(compute_dtype(z)) for z in (q, k_rec, v_rec))
     kinds = [(z.shape, z.dtype, z.device) for z in (q, k_rec, v_rec)]
-    sizes = dilation, window, sinks
-    require(kinds == kinds[:1] * 3 and min(sizes) >= 0, f"attention: q, k_rec, v_rec differ: "
-            f"{kinds}, or one of dilation, window, sinks is negative: {sizes}")
-    return attend(q, k_rec, v_rec, Rule(*sizes))
+    require(kinds == kinds[:1] * 3, f"attention: q, k_rec, v_rec differ: {kinds}")
+    allowed(0, 0, dilation, window, sinks)             # refuses negative sizes
+    return attend(q, k_rec, v_rec, Rule(dilation, window, sinks))
 
 
 def attend(q, k_rec, v_rec, rule, summaries=None):
@@ -249,10 +249,9 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
     """
     T = q.shape[2]
     n = k_rec.shape[2]
-    dense = rule.dilation == 1 or rule.window >= n - 1
-    if dense and T == n:                               # PyTorch's own
-        return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
-    if dense:
+    if rule.dilation == 1 or rule.window >= n - 1:     # dense: PyTorch's own
+        if T == n:
+            return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
         return F.scaled_dot_product_attention(q, k_rec, v_rec, causal_lower_right(T, n))
     if rule.topk and summaries is None:
         summaries = block_summaries(k_rec.detach(), rule.block, rule.score)
@@ -283,7 +282,7 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
 
 def block_summaries(k_rec, block, score):
     """What the scores read of the n whole blocks of keys: (B, H, n, Dh), or 2 Dh for minmax."""
-    n = k_rec.shape[2] // block
+    n = k_rec.shape[2] // block if block else 0
     k = k_rec[:, :, :n * block].unflatten(2, (n, block))
     if score == "mean":
         return k.mean(3)
@@ -360,7 +359,7 @@ class Mixing(nn.Module):
 
     def forward(self, x, rope, rules, cache=None):
         """x (B, T, C) -> (B, T, C): a whole sequence, or T more tokens, which are appended to the
-        LayerCache. rope: cos and sin of their positions. rules: of the head groups.
+        cache, one of Cache.layers. rope: cos and sin of their positions. rules: of head groups.
         """
         projected = self.in_proj(self.norm(x))                              # (1)
         o, q, k, v, *g = projected.split(self.widths, dim=-1)
@@ -368,8 +367,7 @@ class Mixing(nn.Module):
             return self.out_proj(kernels.decode(o, q, k, v, g, rope, cache))    # (2) to (4), gate
         k_rec, v_rec = k, v
         if g:
-            before = cache.state if cache else None
-            k_rec, v_rec, state = recurrence(k, v, *g, before)              # (2)
+            k_rec, v_rec, state = recurrence(k, v, *g, cache and cache.state)      # (2)
             if cache:
                 cache.state.copy_(state)
         heads = [z.unflatten(2, (-1, self.head_width)) for z in (q, k_rec, v_rec)]
@@ -378,13 +376,11 @@ class Mixing(nn.Module):
         # key of its own position. A mix of keys that were turned before would blur.
         q = rotate(q, *rope)
         k_rec = rotate(k_rec, *rope)
-        groups = [z.chunk(len(rules), dim=1) for z in (q, k_rec, v_rec)]
-        y = []
-        for i, qkv in enumerate(zip(*groups)):                              # (3), (4)
-            if cache:
-                y.append(cache.groups[i].attend(*qkv))
-            else:
-                y.append(attend(*qkv, rules[i]))
+        groups = zip(*(z.chunk(len(rules), dim=1) for z in (q, k_rec, v_rec)))
+        if cache:                                                           # (3), (4)
+            y = [held.attend(*qkv) for held, qkv in zip(cache.groups, groups)]
+        else:
+            y = [attend(*qkv, rule) for rule, qkv in zip(rules, groups)]
         y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
         y = y.transpose(1, 2).flatten(2)                                    # (B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                          # (5)
@@ -448,12 +444,9 @@ class GroupCache:
         B, heads, _, Dh = like.shape
         self.k = like.new_zeros(B, heads, rows, Dh)
         self.v = like.new_zeros(B, heads, rows, Dh)
-        self.tensors = [self.k, self.v]                # all that it allocated for positions
+        self.summaries = block_summaries(self.k, self.rule.block, rule.score).clone()
+        self.tensors = self.k, self.v, self.summaries  # all that it allocated for positions
         self.arrived = like.new_zeros(B * heads, dtype=torch.int32)
-        if self.rule.topk:
-            summaries = block_summaries(self.k, rule.block, rule.score)
-            self.summaries = summaries.clone()         # no view of k
-            self.tensors.append(self.summaries)
 
     def rows(self, p, t):
         """The rows from which a query at t reads positions p (int64), as in kernels.key_at."""
@@ -488,10 +481,8 @@ class GroupCache:
             self.store(k, v, start)
             k = self.k[:, :, :end]
             v = self.v[:, :, :end]
-            if not self.rule.topk:
-                return attend(q, k, v, self.rule)
-            summaries = self.summaries[:, :, :end // self.rule.block]
-            summaries.copy_(block_summaries(k, self.rule.block, self.rule.score))
+            summaries = block_summaries(k, self.rule.block, self.rule.score)
+            self.summaries[:, :, :summaries.shape[2]] = summaries
             return attend(q, k, v, self.rule, summaries)
         p = torch.arange(start, device=q.device)
         if on_kernels(q):
@@ -512,19 +503,11 @@ class GroupCache:
         return F.scaled_dot_product_attention(q, keys, values, mask)
 
 
-class LayerCache(NamedTuple):
-    """One layer's part of a Cache. state: (2, B, C) float32 (float64 in a float64 model), k~ before
-    RoPE and v~ of the last position; without recurrence C is 0. seen: the Cache's own.
-    """
-    state: torch.Tensor
-    groups: list
-    seen: torch.Tensor
-
-
 class Cache:
     """What decoding keeps of `batch` sequences of up to max_len tokens. RATPlus.new_cache makes it.
     length: how many tokens it has seen. seen: the same on the device, (1,) int64, where kernels
-    read it. dtype: of keys, values and matrix products. whole: see `appending`.
+    read it. layers: of each its state (2, B, C), empty without recurrence, and its head groups.
+    dtype: of keys, values and matrix products. whole: see `appending`.
     """
 
     def __init__(self, config, batch, max_len, pattern, dtype, weight):
@@ -543,7 +526,7 @@ class Cache:
             like = weight.new_empty(batch, heads, 0, config.head_width, dtype=dtype)
             groups = [GroupCache(self, rule, like) for rule in rules]
             state = weight.new_zeros(2, batch, C, dtype=exact(dtype))
-            self.layers.append(LayerCache(state, groups, self.seen))
+            self.layers.append(SimpleNamespace(state=state, groups=groups, seen=self.seen))
 
     def check(self, shape):
         """ValueError if tokens of this shape (B, T) can't be appended."""
@@ -554,17 +537,18 @@ class Cache:
                 f"is for batch {self.batch} and has seen {self.length} of max_len {self.max_len}")
 
     @contextlib.contextmanager
-    def appending(self, T, weight):
-        """Around what appends T tokens by a model of this weight. It computes in the dtype of the
-        cache, whatever autocast says. The cache is not whole until that has succeeded; then its
-        length advances, here and on the device.
+    def appending(self, shape, weight):
+        """Around what appends tokens of this shape by a model of this weight. It computes in the
+        dtype of the cache, whatever autocast says. The cache is not whole until that has succeeded;
+        then its length advances, here and on the device.
         """
+        self.check(shape)
         self.whole = False
         cast = self.dtype != weight.dtype
         with torch.autocast(weight.device.type, self.dtype, enabled=cast, cache_enabled=False):
             yield
-        self.seen += T
-        self.length += T
+        self.seen += shape[1]
+        self.length += shape[1]
         self.whole = True
 
     @property
@@ -609,27 +593,23 @@ class RATPlus(nn.Module):
         for block in self.blocks:
             block.compile(**options)
 
-    def hidden(self, idx, pattern="D1", cache=None):
+    def hidden(self, idx, pattern, cache=None):
         """idx (B, T) -> (B, T, C): all but the last norm and the head. Appends idx to a cache."""
         require(idx.dim() == 2 and idx.shape[1] >= 1, f"tokens are (B, T >= 1), not {idx.shape}")
+        pattern = Pattern.parse(pattern).check(self.config)
         t = torch.arange(idx.shape[1], device=idx.device)
         if cache:
-            pattern = cache.pattern
             t = t + cache.seen
-        else:
-            pattern = Pattern.parse(pattern).check(self.config)
         rope = rope_angles(t, self.config.head_width)
         x = self.embed(idx)
         for i, block in enumerate(self.blocks):
-            rules = pattern.rules(i)
-            if cache:
-                one = len(t) == 1 and on_kernels(x)
-                run = block if one else block._call_impl       # a chunk: not compiled, T varies
-                x = run(x, rope, rules, cache.layers[i])
+            inputs = x, rope, pattern.rules(i), cache and cache.layers[i]
+            if cache and not (len(t) == 1 and on_kernels(x)):
+                x = block._call_impl(*inputs)          # a chunk: not compiled, as T varies
             elif self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, rules, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, rope, rules)
+                x = block(*inputs)
         return x
 
     def head(self, x):
@@ -670,8 +650,8 @@ class RATPlus(nn.Module):
         """
         cache.check(idx.shape)
         for piece in idx.split(chunk, dim=1):
-            with cache.appending(piece.shape[1], self.embed.weight):
-                logits = self.head(self.hidden(piece, cache=cache)[:, -1])
+            with cache.appending(piece.shape, self.embed.weight):
+                logits = self.head(self.hidden(piece, cache.pattern, cache)[:, -1])
         return logits
 
     def step(self, token, cache):
@@ -693,16 +673,15 @@ class RATPlus(nn.Module):
 
         def advance():
             """Append `token` and replace it by the next one. Where it is -1 (NaN) it stays so."""
-            x = self.hidden(token[:, None].clamp(min=0), cache=cache)[:, -1]
-            new = choose(self.head(x), temperature, top_k, top_p, generator)
+            x = self.hidden(token[:, None].clamp(min=0), cache.pattern, cache)
+            new = choose(self.head(x[:, -1]), temperature, top_k, top_p, generator)
             new = new.masked_fill(token < 0, -1)
             token.copy_(new if stop is None else new.masked_fill(token == stop, stop))
 
         token = choose(self.prefill(idx, cache), temperature, top_k, top_p, generator)
         for i in range(n_new):
             if i > 0:
-                cache.check((len(idx), 1))
-                with cache.appending(1, weight):
+                with cache.appending((len(idx), 1), weight):
                     if i == 2 and weight.is_cuda and on_kernels(weight):       # 1 was eager
                         advance = capture(advance, generator)
                     advance()
@@ -749,30 +728,27 @@ def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     holds NaN. temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p:
     draw among the fewest of these whose probabilities reach p. ValueError for impossible arguments.
     """
-    right = top_k is None or top_k >= 1
-    right = right and (top_p is None or 0 < top_p <= 1)
+    right = (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
     require(right and temperature >= 0, "sampling wants temperature >= 0, top_k >= 1, "
             f"0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
-    best, likeliest = logits.max(-1, keepdim=True)
-    lost = best[:, 0].isnan()
-    if temperature == 0:
-        return likeliest[:, 0].masked_fill(lost, -1)
-    below = (logits - best).masked_fill(logits == best, 0).float()     # inf - inf would be NaN
-    probs = (below / max(temperature, 1e-30)).softmax(-1)
-    few = top_k is not None or top_p is not None
-    if few:
-        V = probs.shape[-1]
-        probs, tokens = probs.topk(min(top_k or V, V))                 # the likeliest first
-    if top_p is not None:
-        mass = (probs.double() * 2**52).long()         # integers add up alike in any order
-        likelier = mass.cumsum(-1) - mass              # the mass of all likelier tokens
-        enough = mass.sum(-1, keepdim=True).double() * top_p
-        probs = probs.masked_fill(likelier >= enough, 0)
-    # With e_i drawn from an exponential, the largest p_i / e_i lies at i with probability p_i.
-    e = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-10)
-    token = (probs / e).argmax(-1, keepdim=True)
-    token = tokens.gather(-1, token) if few else token
-    return token[:, 0].masked_fill(lost, -1)
+    best, token = logits.max(-1, keepdim=True)
+    if temperature > 0:
+        below = (logits - best).masked_fill(logits == best, 0).float()     # inf - inf would be NaN
+        probs = (below / max(temperature, 1e-30)).softmax(-1)
+        if top_k or top_p:
+            V = probs.shape[-1]
+            probs, tokens = probs.topk(min(top_k or V, V))             # the likeliest first
+        if top_p:
+            mass = (probs.double() * 2**52).long()     # integers add up alike in any order
+            likelier = mass.cumsum(-1) - mass          # the mass of all likelier tokens
+            enough = mass.sum(-1, keepdim=True).double() * top_p
+            probs = probs.masked_fill(likelier >= enough, 0)
+        # With e_i drawn from an exponential, the largest p_i / e_i is at i with probability p_i.
+        e = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-10)
+        token = (probs / e).argmax(-1, keepdim=True)
+        if top_k or top_p:
+            token = tokens.gather(-1, token)
+    return token[:, 0].masked_fill(best[:, 0].isnan(), -1)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -807,8 +783,7 @@ def load_checkpoint(path, device="cpu"):
     with open(path, "rb") as f, easydict:
         try:
             data = torch.load(f, map_location="cpu", weights_only=True)
-            if "model" not in data:
-                data = from_authors(data)
+            data = data if "model" in data else from_authors(data)
             with torch.device("meta"):                 # spends no memory and no random numbers
                 model = RATPlus(RATConfig(**data.pop("config")))
             model.load_state_dict(data.pop("model"), assign=True)
@@ -861,13 +836,12 @@ def draw(pattern, T):
     for i, rules in enumerate(pattern.layers):
         for j, rule in enumerate(rules):
             print(f"{rule}: layer {i} of every {len(pattern.layers)}, group {j} of {len(rules)}")
-            mask = pattern.mask(T, i, j)
-            for t in range(T):
+            for t, sees in enumerate(pattern.mask(T, i, j)):
                 row = []
                 for p in range(t + 1):
-                    letter = "S" if p < rule.sinks else "W"
-                    letter = "D" if on_grid(p, rule.dilation) else letter
-                    row.append(letter if mask[t, p] else ".")
+                    kind = "S" if p < rule.sinks else "W"
+                    kind = "D" if on_grid(p, rule.dilation) else kind
+                    row.append(kind if sees[p] else ".")
                 print(f"{t:4}", *row)
 
 

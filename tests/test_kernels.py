@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import kernels
 import model
-from model import (Cache, LayerCache, Mixing, Pattern, RATConfig, RATPlus, Rule, allowed, attend,
+from model import (Cache, Mixing, Pattern, RATConfig, RATPlus, Rule, allowed, attend,
                    attention, recurrence, rope_angles, rotate)
 from test_model import assert_same, tiny
 
@@ -342,12 +342,13 @@ def test_a_step_reads_the_rows_that_the_cache_says(pattern):
 # ---- Decoding ------------------------------------------------------------------------------------
 
 def layer_cache(pattern, max_len, B=2, H=2, Dh=8, dtype=torch.float32, recurrent=True):
-    """An empty LayerCache on the kernels' device, whose state is drawn."""
+    """An empty layer of a Cache on the kernels' device, whose state is drawn."""
     config = RATConfig(1, 1, H, H * Dh, recurrent)
     pattern = Pattern.parse(pattern)
     weight = randn(1, dtype=dtype)
     layer = Cache(config, B, max_len, pattern, dtype, weight).layers[0]
-    return layer._replace(state=torch.randn_like(layer.state))
+    layer.state.normal_()
+    return layer
 
 
 def fill(layer, t):
@@ -374,7 +375,8 @@ def in_float64(layer):
         group.v = group.v.nan_to_num().double()
         if group.rule.topk:
             group.summaries = group.summaries.nan_to_num().double()
-    return LayerCache(twin.state.double(), twin.groups, twin.seen)
+    twin.state = twin.state.double()
+    return twin
 
 
 def check_decode(pattern, t, dtype=torch.float32, H=2, Dh=8, recurrent=True, splits=None, loud=1,
