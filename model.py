@@ -115,6 +115,10 @@ class Rule(NamedTuple):
     def allowed(self, t, p):
         return allowed(t, p, *self.sizes)
 
+    def dense(self, n):
+        """Does each of n positions attend to all before it, whatever the data?"""
+        return self.dilation == 1 or max(self.window, self.sinks) >= n - 1
+
 
 class Pattern(NamedTuple):
     """layers[i][j]: the Rule of head group j in layer i. Layers cycle through the outer tuple; the
@@ -182,20 +186,19 @@ def scan(a, u, h):
 
 
 def recurrence(k, v, g, state=None):
-    """The gated recurrence over keys and values, equation (2). Differentiable in every input.
+    """The gated recurrence (2). Keys and values share the decay: v~_p mixes values as k~_p mixes
+    the keys of the same tokens. Differentiable in every input.
 
     k, v, g: (B, T, C), T >= 1, any floating dtype. state: k_rec and v_rec of the position before,
-    (2, B, C) or a pair; None means zeros. Returns k_rec, v_rec (B, T, C) in the dtypes of k and v,
-    and the last state (2, B, C). The arithmetic and the state are float32 (float64 of float64).
-    ValueError for shapes or devices that do not match.
-
-    Keys and values share the decay: v~_p mixes values as k~_p mixes the keys of the same tokens.
+    (2, B, C) or a pair; None means zeros. Returns k_rec, v_rec in the dtypes of k and v, and the
+    last state (2, B, C), in float32 (float64 of float64) like the arithmetic. ValueError for shapes
+    or devices that do not match.
     """
     B, T, C = k.shape
     if state is None:
         state = k.new_zeros(2, B, C, dtype=exact(k.dtype))
-    found = [(*z.shape, z.device) for z in (k, v, g, *state)]
-    wanted = [(B, T, C, k.device)] * 3 + [(B, C, k.device)] * 2
+    found = [(z.shape, z.device) for z in (k, v, g, *state)]
+    wanted = [(k.shape, k.device)] * 3 + [((B, C), k.device)] * 2
     require(found == wanted and T >= 1, "recurrence: k, v, g are (B, T >= 1, C), the state is "
             f"2 x (B, C), all on one device; not {found}")
     if not torch.is_tensor(state):
@@ -249,8 +252,8 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
     """
     T = q.shape[2]
     n = k_rec.shape[2]
-    if rule.dilation == 1 or rule.window >= n - 1:     # dense: PyTorch's own
-        if T == n:
+    if rule.dense(n):
+        if T == n:                                     # PyTorch's own
             return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
         return F.scaled_dot_product_attention(q, k_rec, v_rec, causal_lower_right(T, n))
     if rule.topk and summaries is None:
@@ -269,10 +272,9 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
 
 
 # Top-k blocks. The past is cut into blocks of N positions. A query scores each earlier block by a
-# summary of its keys. It attends to K blocks in full: its own up to itself, and the K - 1 earlier
-# ones with the best scores. In the same softmax it attends to what equation (4) allows elsewhere:
-# with D = N, to the last position of each other block, which stands for its block by the
-# recurrence. The score of a block for q_t, keys after RoPE:
+# summary of its keys after RoPE. It attends in full to its own block, and to the K - 1 earlier ones
+# with the best scores. In the same softmax it attends to what equation (4) allows elsewhere: with
+# D = N, to the last position of each other block, which stands for its block by the recurrence.
 #
 #   mean     q_t . mean of its keys                                     as in MoBA
 #   minmax   sum over channels c of max(q_tc max k_pc, q_tc min k_pc)   as in Quest
@@ -427,20 +429,21 @@ class Block(nn.Module):
 # grid of D = 1 alone: the rows are the positions. Keys are stored after RoPE.
 
 class GroupCache:
-    """The keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what
-    queries attend to. kept: what is held for them. summaries: of top-k blocks. arrived: how many
-    programs of a head are done in the decoding kernel. like: k and v without rows.
+    """Keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what queries
+    attend to. kept: what is held for them. summaries: of top-k blocks. arrived: how many programs
+    of a head are done in the decoding kernel.
     """
 
     def __init__(self, cache, rule, like):
         self.cache = cache
-        dense = Rule(dilation=1)
-        self.rule = dense if rule.dilation == 1 else rule
-        kept = dense if rule.topk else self.rule       # top-k blocks may want every position
         n = cache.max_len
-        self.kept = kept._replace(window=min(kept.window, n), sinks=min(kept.sinks, n))
-        dilation, window, sinks = self.kept[:3]
-        rows = sinks + window + (n // dilation if dilation else 0)
+        every = Rule(dilation=1)
+        self.rule = every if rule.dense(n) else rule
+        self.kept = every if rule.topk else self.rule  # top-k blocks may want any position
+        dilation, window, sinks = self.kept.sizes
+        rows = sinks + window
+        if dilation:
+            rows += n // dilation
         B, heads, _, Dh = like.shape
         self.k = like.new_zeros(B, heads, rows, Dh)
         self.v = like.new_zeros(B, heads, rows, Dh)
@@ -450,14 +453,14 @@ class GroupCache:
 
     def rows(self, p, t):
         """The rows from which a query at t reads positions p (int64), as in kernels.key_at."""
-        dilation, window, sinks = self.kept[:3]
+        dilation, window, sinks = self.kept.sizes
         grid = sinks + window + p // max(dilation, 1)
         lasting = torch.where(on_grid(p, dilation), grid, p)
         return torch.where(p >= t - window, sinks + p % max(window, 1), lasting)
 
     def store(self, k, v, start):
         """Keep what later queries may need of k, v (B, heads, T, Dh), positions from `start` on."""
-        dilation, window, sinks = self.kept[:3]
+        dilation, window, sinks = self.kept.sizes
         end = start + k.shape[2]
         last = torch.arange(max(start, end - window), end, device=k.device)
         for mine, new in (self.k, k), (self.v, v):
@@ -660,12 +663,11 @@ class RATPlus(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, n_new, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
-        """Prefill idx (B, T), then yield up to n_new tokens (B,), each but the last appended when
-        the next is asked for. A sequence that yielded `stop` yields it ever after; the stream ends
-        soon after all did. ValueError if the logits become NaN (within 16 tokens) or the cache is
-        full. With kernels on a GPU, prefill and the first step run eagerly, which compiles them.
-        Then a step and its sampling are captured as a CUDA graph, which all later steps replay. It
-        reads its position from `cache.seen`.
+        """Prefill idx (B, T), then yield up to n_new tokens (B,), each appended when the next is
+        asked for. A sequence that yielded `stop` yields it ever after; the stream ends soon after
+        all did. ValueError if the logits become NaN (within 16 tokens) or the cache is full. With
+        kernels on a GPU, prefill and the first step run eagerly, which compiles them. Then a step
+        and its sampling are captured as a CUDA graph, which all later steps replay.
         """
         weight = self.embed.weight
         seed = torch.randint(2**62, ()).item()         # torch.manual_seed fixes it
@@ -775,9 +777,8 @@ def save_checkpoint(path, model, **meta):
 
 
 def load_checkpoint(path, device="cpu"):
-    """(model, meta) from our file or the authors' .pth. Nothing in the file is executed. The
-    weights are float32. meta: what save_checkpoint got; by default tokenizer "ids", pattern "D1".
-    OSError if there is no file, ValueError if it is not a whole checkpoint.
+    """(model, meta) from our file or the authors' .pth, of which nothing is executed. Weights are
+    float32; meta is what save_checkpoint got. OSError without a file, ValueError if it isn't whole.
     """
     easydict = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])
     with open(path, "rb") as f, easydict:
