@@ -378,7 +378,8 @@ class Mixing(nn.Module):
         # key of its own position. A mix of keys that were turned before would blur.
         q = rotate(q, *rope)
         k_rec = rotate(k_rec, *rope)
-        groups = zip(*(z.chunk(len(rules), dim=1) for z in (q, k_rec, v_rec)))
+        groups = [z.chunk(len(rules), dim=1) for z in (q, k_rec, v_rec)]
+        groups = zip(*groups)
         if cache:                                                           # (3), (4)
             y = [held.attend(*qkv) for held, qkv in zip(cache.groups, groups)]
         else:
@@ -409,10 +410,9 @@ class Block(nn.Module):
 
 # ---- The cache: what decoding keeps, and where ---------------------------------------------------
 #
-# After `length` tokens, positions 0 to length - 1, the next query is at position t = length. It may
-# attend to the W positions before it, to the grid and to the sinks. Later queries need no others: a
-# position that has left the window never comes back. So each head group has three buffers, side by
-# side in one tensor:
+# After `length` tokens the next query is at position t = length. It may attend to the W positions
+# before it, to the grid and to the sinks. Later queries need no others: a position that has left
+# the window never comes back. So each head group has three buffers, side by side in one tensor:
 #
 #   sinks   row p                   the positions before S
 #   ring    row S + p mod W         every position, until it is overwritten: the last W
@@ -425,8 +425,8 @@ class Block(nn.Module):
 #   row          0    1  |  2    3    4  |  5    6    7
 #   position     0    1  | 12   13   11  |  3    7   11        11 is read from row 4 alone
 #
-# Under dense attention and top-k blocks a later query may attend to every position. Then there is a
-# grid of D = 1 alone: the rows are the positions. Keys are stored after RoPE.
+# Under dense attention and top-k blocks a later query may attend to every position: a grid of D = 1
+# alone, whose rows are the positions. Keys are stored after RoPE.
 
 class GroupCache:
     """Keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what queries
@@ -447,7 +447,7 @@ class GroupCache:
         B, heads, _, Dh = like.shape
         self.k = like.new_zeros(B, heads, rows, Dh)
         self.v = like.new_zeros(B, heads, rows, Dh)
-        self.summaries = block_summaries(self.k, self.rule.block, rule.score).clone()
+        self.summaries = block_summaries(self.k, self.rule.block, self.rule.score).clone()
         self.tensors = self.k, self.v, self.summaries  # all that it allocated for positions
         self.arrived = like.new_zeros(B * heads, dtype=torch.int32)
 
@@ -474,9 +474,8 @@ class GroupCache:
                 grid[:, :, start // dilation:end // dilation] = on_it
 
     def attend(self, q, k, v):
-        """Attention of q, k, v (B, heads, T, Dh), the next T positions, over themselves and what is
-        held: (B, heads, T, Dh). The ring is read before they are stored: position t takes the row
-        of t - W, which t still attends to. With a grid of D = 1 no row is taken twice.
+        """Attention (B, heads, T, Dh) of the next T positions over themselves and what is held. The
+        ring is read before they are stored: position t takes the row of t - W, which it still sees.
         """
         start = self.cache.length
         end = start + q.shape[2]
@@ -557,19 +556,21 @@ class Cache:
     @property
     def nbytes(self):
         """Bytes of all keys, values, summaries and states, as allocated."""
-        tensors = [layer.state for layer in self.layers]
+        total = 0
         for layer in self.layers:
-            tensors += [z for group in layer.groups for z in group.tensors]
-        return sum(z.nbytes for z in tensors)
+            total += layer.state.nbytes
+            for group in layer.groups:
+                total += sum(z.nbytes for z in group.tensors)
+        return total
 
     @property
     def slots(self):
         """slots[layer][group]: how many different positions the next query may attend to."""
-        p = torch.arange(self.length)
+        t = self.length
+        p = torch.arange(t)
         counts = []
         for layer in self.layers:
-            held = [group.kept.allowed(len(p), p) for group in layer.groups]
-            counts.append([each.sum().item() for each in held])
+            counts.append([group.kept.allowed(t, p).sum().item() for group in layer.groups])
         return counts
 
 
@@ -592,7 +593,7 @@ class RATPlus(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def compile(self, **options):
-        """torch.compile each block by itself. They are alike: one graph serves them all."""
+        """torch.compile each block by itself: they are alike, so one graph serves all."""
         for block in self.blocks:
             block.compile(**options)
 
@@ -697,9 +698,11 @@ class RATPlus(nn.Module):
                  stop=None):
         """idx (B, T) and n_new tokens after it. After its first `stop` a sequence is all `stop`."""
         cache = self.new_cache(len(idx), idx.shape[1] + n_new, pattern)
-        new = list(self.stream(idx, n_new, cache, temperature, top_k, top_p, stop))
-        new += new[-1:] * (n_new - len(new))
-        return torch.cat((idx, *(token[:, None] for token in new)), dim=1)
+        out = [idx]
+        for token in self.stream(idx, n_new, cache, temperature, top_k, top_p, stop):
+            out.append(token[:, None])
+        out += out[-1:] * (n_new + 1 - len(out))       # all sequences had stopped
+        return torch.cat(out, dim=1)
 
 
 CAPTURING = threading.Lock()                           # PyTorch captures one graph at a time
@@ -726,11 +729,12 @@ def capture(step, generator):
 # ---- Sampling ------------------------------------------------------------------------------------
 
 def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw a token (B,) from logits (B, V), in float32, without waiting for a GPU; -1 where a row
-    holds NaN. temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p:
-    draw among the fewest of these whose probabilities reach p. ValueError for impossible arguments.
+    """Draw a token (B,) from logits (B, V), without waiting for a GPU; -1 where a row holds NaN.
+    temperature 0 takes the likeliest, top_k draws among the k likeliest, top_p among the fewest of
+    these whose probabilities reach p. ValueError for other arguments.
     """
-    right = (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+    right = top_k is None or top_k >= 1
+    right = right and (top_p is None or 0 < top_p <= 1)
     require(right and temperature >= 0, "sampling wants temperature >= 0, top_k >= 1, "
             f"0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
     best, token = logits.max(-1, keepdim=True)
