@@ -426,7 +426,9 @@ def same_strides(*tensors):
 
 def recurrence_forward(
         k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k_rec, v_rec (B, T, C) and the state at the end (2, B, C) float32."""
+    """model.recurrence of k, v, g (B, T, C), any strides, and the state (2, B, C) float32: k_rec,
+    v_rec (B, T, C) and the state at the end.
+    """
     outputs = tuple(x.new_empty(x.shape) for x in (k, v, state))
     if not idle(k):
         launch_recurrence(recurrence_forward_kernel, CHAINS, k, v, g, state, *outputs)
@@ -445,15 +447,8 @@ def recurrence_backward(
     return outputs
 
 
-run_recurrence = differentiable(
+recurrence = differentiable(
     recurrence_forward, recurrence_backward, lambda x, y: (*x, *y[:2]), grads=3)
-
-
-def recurrence(k, v, g, state=None):
-    """model.recurrence, equation (2). k, v, g: (B, T, C), any strides; state: (2, B, C) float32."""
-    if state is None:
-        state = k.new_zeros(2, len(k), k.shape[2], dtype=torch.float32)
-    return run_recurrence(k, v, g, state)
 
 
 # ---- RoPE, on queries and on recurrent keys ------------------------------------------------------
@@ -966,9 +961,9 @@ def attention_backward(
 run_attention = differentiable(attention_forward, attention_backward, lambda x, y: (*x[:3], *y))
 
 
-def attention(q, k_rec, v_rec, dilation, window, sinks):
+def attention(q, k_rec, v_rec, rule):
     """Equation (3), model.attend, for tensors of any strides. ValueError for too wide heads."""
-    return run_attention(q, k_rec, v_rec, [dilation, window, sinks])[0]
+    return run_attention(q, k_rec, v_rec, list(rule.sizes))[0]
 
 
 def attention_chunk(q, k_near, v_near, cache, start):
@@ -1339,6 +1334,8 @@ def decode(o, q, k, v, g, rope, cache, splits=None):
     first = 0                                          # head of the group
     for group in cache.groups:
         _, H, rows, Dh = group.k.shape
+        if not hasattr(group, "arrived"):              # made by the first step, which is no replay
+            group.arrived = q.new_zeros(B * H, dtype=torch.int32)
         BD = triton.next_power_of_2(Dh)
         BN = max(2048 // BD, 16)                       # 16 keys of 128 channels
         tiles = dict(BN=BN, STAGES=3, num_warps=BN * BD // 1024, maxnreg=128)

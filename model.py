@@ -261,7 +261,7 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
     if on_kernels(q) and rule.topk:
         return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
     if on_kernels(q):
-        return kernels.attention(q, k_rec, v_rec, *rule.sizes)
+        return kernels.attention(q, k_rec, v_rec, rule)
     t = torch.arange(n - T, n, device=q.device)
     p = torch.arange(n, device=q.device)
     mask = rule.allowed(t[:, None], p)                 # (T, n): query, key
@@ -430,8 +430,7 @@ class Block(nn.Module):
 
 class GroupCache:
     """Keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what queries
-    attend to. kept: what is held for them. summaries: of top-k blocks. arrived: how many programs
-    of a head are done in the decoding kernel.
+    attend to. kept: what is held for them. summaries: of top-k blocks.
     """
 
     def __init__(self, cache, rule, like):
@@ -449,7 +448,6 @@ class GroupCache:
         self.v = like.new_zeros(B, heads, rows, Dh)
         self.summaries = block_summaries(self.k, self.rule.block, self.rule.score).clone()
         self.tensors = self.k, self.v, self.summaries  # all that it allocated for positions
-        self.arrived = like.new_zeros(B * heads, dtype=torch.int32)
 
     def rows(self, p, t):
         """The rows from which a query at t reads positions p (int64), as in kernels.key_at."""
