@@ -17,12 +17,9 @@ import kernels
 import model
 from model import (Cache, Mixing, Pattern, RATConfig, RATPlus, Rule, allowed, attend,
                    attention, recurrence, rope_angles, rotate)
-from test_model import assert_same, tiny
+from test_model import GPU, HALF, assert_same, gpu, tiny
 
-GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-gpu = pytest.mark.skipif(not GPU, reason="needs a GPU: too large for Triton's interpreter")
-HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter's bfloat16 products are wrong
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 PATTERNS = ["D1W9S3", "D4", "D7W5S3", "D16W10S4", "W12S4", "W0", "S5",
             "D500", "D3W40", "D5W2S400"]                        # D > T, W >= T and S > T among them
@@ -93,13 +90,6 @@ def named(run):
     return f
 
 
-def of_in_proj(run):
-    """The recurrence of k, v, g as they come out of in_proj: views of x (B, T, 5 C)."""
-    def f(x, state):
-        return named(run)(*x.chunk(5, dim=-1)[2:], state)
-    return f
-
-
 @pytest.mark.parametrize("B, T, C, dtype", [
     (1, 1, 3, torch.float32),
     (2, 15, 20, HALF),
@@ -108,11 +98,11 @@ def of_in_proj(run):
     (1, 50, 5, HALF)])
 def test_recurrence_is_equation_2(device, B, T, C, dtype):
     """Lengths and widths that no tile divides, and a chain of several tiles."""
-    x = randn(B, T, 5 * C, dtype=dtype)
-    state = randn(2, B, C)
-    run = of_in_proj(recurrence)
-    compare(run, of_in_proj(recurrence_loop), LIMITS[dtype], x=x, state=state)
-    found = run(x, state)
+    k, v, g = randn(B, T, 5 * C, dtype=dtype)[..., 2 * C:].chunk(3, dim=-1)     # as in Mixing
+    inputs = dict(k=k, v=v, g=g, state=randn(2, B, C))
+    run = named(recurrence)
+    compare(run, named(recurrence_loop), LIMITS[dtype], **inputs)
+    found = run(**inputs)
     assert found["v_rec"].dtype == dtype
     assert found["end"].dtype == torch.float32
 
@@ -412,16 +402,11 @@ def test_decode(pattern):
         check_decode(pattern, t)
 
 
-@pytest.mark.parametrize("pattern, t, splits", [
-    ("D1", 95, 2),
-    ("D1", 95, 3),
-    ("D2W30S3", 90, 5),
-    ("D1", 2, 5)])
-def test_decode_by_several_programs(pattern, t, splits):
-    check_decode(pattern, t, H=1, Dh=256, splits=splits)        # 16 keys a tile
-
-
 @pytest.mark.parametrize("pattern, t, options", [
+    ("D1", 95, dict(H=1, Dh=256, splits=2)),                    # several programs, 16 keys a tile
+    ("D1", 95, dict(H=1, Dh=256, splits=3)),
+    ("D2W30S3", 90, dict(H=1, Dh=256, splits=5)),
+    ("D1", 2, dict(H=1, Dh=256, splits=5)),
     ("D64", 20, dict(loud=300, limit=1e-3, splits=2)),          # scores of hundreds, either sign:
     ("W5S2", 3, dict(loud=300, limit=1e-3, splits=2)),          # 2^score is beyond float32
     ("D4W9S2", 77, dict(Dh=2, H=3)),

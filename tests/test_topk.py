@@ -8,9 +8,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="triton is not installed")
 import kernels
 from model import Rule, attend
-from test_decode import assert_decodes
-from test_kernels import (DEVICE, GPU, LIMITS, check_decode, compare, outputs_and_gradients, randn)
-from test_model import SCORES, assert_same, tiny
+from test_kernels import DEVICE, LIMITS, check_decode, compare, outputs_and_gradients, randn
+from test_model import GPU, SCORES, assert_same, gpu
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +105,7 @@ def test_attention_of_other_widths(kernels_on, Dh):
     check_attention(*randn(3, 1, 1, 50, Dh), "D8W4N20K3:minmax")
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU: the tensor cores' bfloat16 products")
+@gpu
 @pytest.mark.parametrize("Dh", [64, 128])
 @pytest.mark.parametrize("rule", ["N64K16", "D64N64K8", "W100S4N64K4"])
 def test_attention_in_bfloat16_on_a_gpu(rule, Dh):
@@ -207,11 +206,3 @@ def test_a_step_by_kernels_is_the_plain_step(pattern, splits):
 @pytest.mark.parametrize("score", SCORES)
 def test_summaries_of_large_blocks_are_made_in_tiles(score):
     check_decode(f"N90K2:{score}", 90, H=1)
-
-
-@pytest.mark.parametrize("pattern", ["N3K2", "D1/N3K2:minmax", "D4N3K2:last"])
-def test_decoding_gives_what_the_sequence_gives(kernels_on, pattern):
-    """Prompts, steps and chunks across borders of blocks."""
-    net = tiny(n_layer=1, n_head=2, n_embd=16).to(kernels_on)
-    idx = torch.randint(50, (1, 15), device=kernels_on)
-    assert_decodes(net, idx, pattern, (4, 1, 1, 1, 3, 2, 1, 2))
