@@ -224,9 +224,7 @@ def test_decay_0_gives_plain_attention():
 
 @pytest.mark.parametrize("seed", [*range(8), *TOPK])
 def test_no_future_leak(seed):
-    """Changing token j moves no logit before j, and does move one from j on. Under top-k blocks
-    every weight learns too.
-    """
+    """Token j moves no logit before j, but one from j on. With top-k blocks every weight learns."""
     rng = random.Random(seed)
     pattern = seed if seed in TOPK else random_pattern(rng)
     model = tiny(recurrence=seed in TOPK or seed % 3 > 0)

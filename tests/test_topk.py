@@ -8,7 +8,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="triton is not installed")
 import kernels
 from model import Rule, attend
-from test_kernels import DEVICE, LIMITS, check_decode, compare, outputs_and_gradients, randn
+from test_kernels import DEVICE, LIMITS, check_decode, compare, outputs_and_gradients, randn, under
 from test_model import GPU, SCORES, assert_same, gpu
 
 
@@ -50,24 +50,16 @@ def topk_mask(q, k, rule):
     return mask[n - len(q):]
 
 
-def under(rule):
-    """Attention under a Rule as `compare` takes it."""
-    def run(q, k, v):
-        return dict(y=attend(q, k, v, rule))
-    return run
-
-
-def check_attention(q, k, v, rule, limit=1e-5):
+def check_attention(q, k, v, pattern, limit=1e-5):
     """y and every gradient: none flows through the choice. q: the last T of n positions."""
-    rule = Rule.parse(rule)
     heads = [z.flatten(0, 1).double().cpu() for z in (q, k)]
-    masks = [topk_mask(*head, rule) for head in zip(*heads)]
+    masks = [topk_mask(*head, Rule.parse(pattern)) for head in zip(*heads)]
     mask = torch.stack(masks).unflatten(0, q.shape[:2]).to(DEVICE)
 
     def definition(q, k, v):
         return dict(y=F.scaled_dot_product_attention(q, k, v, mask))
 
-    compare(under(rule), definition, limit, floor=1, q=q, k=k, v=v)
+    compare(under(pattern), definition, limit, floor=1, q=q, k=k, v=v)
 
 
 CASES = [
@@ -167,7 +159,7 @@ def test_the_limits_of_topk_are_the_other_patterns(device):
 def test_the_same_input_gives_the_same_gradients_to_the_bit(kernels_on):
     T = 80 if GPU else 20                                  # the interpreter runs one by one anyway
     qkv = dict(zip("qkv", randn(3, 1, 2, T, 16)))
-    run = under(Rule.parse("D8W5N8K3"))
+    run = under("D8W5N8K3")
     again = outputs_and_gradients(run, qkv)
     for name, x in outputs_and_gradients(run, qkv).items():
         assert x.equal(again[name]), f"{name} differs"
