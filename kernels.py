@@ -426,9 +426,7 @@ def same_strides(*tensors):
 
 def recurrence_forward(
         k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """model.recurrence of k, v, g (B, T, C), any strides, and the state (2, B, C) float32: k_rec,
-    v_rec (B, T, C) and the state at the end.
-    """
+    """k_rec, v_rec (B, T, C) and the state at the end (2, B, C) float32."""
     outputs = tuple(x.new_empty(x.shape) for x in (k, v, state))
     if not idle(k):
         launch_recurrence(recurrence_forward_kernel, CHAINS, k, v, g, state, *outputs)
@@ -447,8 +445,15 @@ def recurrence_backward(
     return outputs
 
 
-recurrence = differentiable(
+run_recurrence = differentiable(
     recurrence_forward, recurrence_backward, lambda x, y: (*x, *y[:2]), grads=3)
+
+
+def recurrence(k, v, g, state=None):
+    """model.recurrence, equation (2). k, v, g: (B, T, C), any strides; state: (2, B, C) float32."""
+    if state is None:
+        state = k.new_zeros(2, len(k), k.shape[2], dtype=torch.float32)
+    return run_recurrence(k, v, g, state)
 
 
 # ---- RoPE, on queries and on recurrent keys ------------------------------------------------------
@@ -961,9 +966,9 @@ def attention_backward(
 run_attention = differentiable(attention_forward, attention_backward, lambda x, y: (*x[:3], *y))
 
 
-def attention(q, k_rec, v_rec, rule):
+def attention(q, k_rec, v_rec, *sizes):
     """Equation (3), model.attend, for tensors of any strides. ValueError for too wide heads."""
-    return run_attention(q, k_rec, v_rec, list(rule.sizes))[0]
+    return run_attention(q, k_rec, v_rec, list(sizes))[0]
 
 
 def attention_chunk(q, k_near, v_near, cache, start):
@@ -1790,9 +1795,7 @@ run_topk = differentiable(topk_forward, topk_backward, lambda x, y: (*x[:3], *y)
 
 
 def attention_topk(q, k_rec, v_rec, rule, summaries):
-    """Equation (3) with top-k blocks, model.attend: (B, h, T, Dh). q: (B, h, T, Dh), the last T of
-    n positions; k_rec, v_rec: (B, h, n, Dh); summaries: of their whole blocks.
-    """
+    """Equation (3) with top-k blocks, model.attend. q: (B, h, T, Dh), the last T of n positions."""
     B, H, T, Dh = q.shape
     n = k_rec.shape[2]
     block = min(rule.block, n)

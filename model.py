@@ -261,7 +261,7 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
     if on_kernels(q) and rule.topk:
         return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
     if on_kernels(q):
-        return kernels.attention(q, k_rec, v_rec, rule)
+        return kernels.attention(q, k_rec, v_rec, *rule.sizes)
     t = torch.arange(n - T, n, device=q.device)
     p = torch.arange(n, device=q.device)
     mask = rule.allowed(t[:, None], p)                 # (T, n): query, key

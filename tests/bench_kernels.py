@@ -16,8 +16,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import kernels
-from model import (Cache, Pattern, RATConfig, Rule, best_blocks, block_summaries, recurrence,
-                   rope_angles)
+from model import Cache, Pattern, RATConfig, Rule, best_blocks, block_summaries, rope_angles
 
 WORKS = "recurrence", "attention", "top-k", "decode"
 
@@ -105,9 +104,9 @@ def recurrence_rows():
         work = f"recurrence, B{B} T{T} C{C}"
         n = B * T * C
         peer = torch.compile(scan, dynamic=False)      # its gradient takes minutes to compile
-        yield Row(work, lambda: recurrence(*kvg), 10 * n, 0,
+        yield Row(work, lambda: kernels.recurrence(*kvg), 10 * n, 0,
                   {"associative_scan": lambda: peer(*kvg)})
-        yield Row(f"{work}, forward + backward", with_gradients(recurrence, kvg), 30 * n)
+        yield Row(f"{work}, forward + backward", with_gradients(kernels.recurrence, kvg), 30 * n)
 
 
 def forward_and_backward(work, run, inputs, forward_bytes, all_bytes, flops, peers):
@@ -148,7 +147,7 @@ def masked_rows(B, H, T, Dh, text):
     def run(q, k, v):
         if rule.topk:
             return kernels.attention_topk(q, k, v, rule, summaries)
-        return kernels.attention(q, k, v, rule)
+        return kernels.attention(q, k, v, *rule.sizes)
 
     peers = {"dense SDPA": dense}
     if T < 16384:                                      # a mask of B H T T would be too large
