@@ -1327,7 +1327,7 @@ def decode(o, q, k, v, g, rope, cache, splits=None):
     """Equations (2) to (5), but for out_proj, for one token of each sequence: (B, 1, C).
 
     o, q, k, v: (B, 1, C), and g, a list that holds one more, or none without recurrence. rope: cos
-    and sin (1, Dh/2) float32 of the token's position. cache: model.LayerCache, to which the token
+    and sin (1, Dh/2) float32 of the token's position. cache: a Cache's layer, to which the token
     is appended. splits: how many programs share a head's keys; None: enough to fill the GPU.
     """
     o, q, k, v, *g = same_strides(o, q, k, v, *g)

@@ -275,6 +275,7 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
 # summary of its keys after RoPE. It attends in full to its own block, and to the K - 1 earlier ones
 # with the best scores. In the same softmax it attends to what equation (4) allows elsewhere: with
 # D = N, to the last position of each other block, which stands for its block by the recurrence.
+# The score of a block for the query q_t:
 #
 #   mean     q_t . mean of its keys                                     as in MoBA
 #   minmax   sum over channels c of max(q_tc max k_pc, q_tc min k_pc)   as in Quest
@@ -378,8 +379,7 @@ class Mixing(nn.Module):
         # key of its own position. A mix of keys that were turned before would blur.
         q = rotate(q, *rope)
         k_rec = rotate(k_rec, *rope)
-        groups = [z.chunk(len(rules), dim=1) for z in (q, k_rec, v_rec)]
-        groups = zip(*groups)
+        groups = zip(*(z.chunk(len(rules), dim=1) for z in (q, k_rec, v_rec)))
         if cache:                                                           # (3), (4)
             y = [held.attend(*qkv) for held, qkv in zip(cache.groups, groups)]
         else:
@@ -440,9 +440,7 @@ class GroupCache:
         self.rule = every if rule.dense(n) else rule
         self.kept = every if rule.topk else self.rule  # top-k blocks may want any position
         dilation, window, sinks = self.kept.sizes
-        rows = sinks + window
-        if dilation:
-            rows += n // dilation
+        rows = sinks + window + (n // dilation if dilation else 0)
         B, heads, _, Dh = like.shape
         self.k = like.new_zeros(B, heads, rows, Dh)
         self.v = like.new_zeros(B, heads, rows, Dh)
@@ -481,8 +479,10 @@ class GroupCache:
             self.store(k, v, start)
             k = self.k[:, :, :end]
             v = self.v[:, :, :end]
-            summaries = block_summaries(k, self.rule.block, self.rule.score)
-            self.summaries[:, :, :summaries.shape[2]] = summaries
+            summaries = None
+            if self.rule.topk:
+                summaries = block_summaries(k, self.rule.block, self.rule.score)
+                self.summaries[:, :, :summaries.shape[2]] = summaries
             return attend(q, k, v, self.rule, summaries)
         p = torch.arange(start, device=q.device)
         if on_kernels(q):
