@@ -285,7 +285,7 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
 
 def block_summaries(k_rec, block, score):
     """What the scores read of the n whole blocks of keys: (B, H, n, Dh), or 2 Dh for minmax."""
-    n = k_rec.shape[2] // block if block else 0
+    n = k_rec.shape[2] // block
     k = k_rec[:, :, :n * block].unflatten(2, (n, block))
     if score == "mean":
         return k.mean(3)
@@ -444,8 +444,11 @@ class GroupCache:
         B, heads, _, Dh = like.shape
         self.k = like.new_zeros(B, heads, rows, Dh)
         self.v = like.new_zeros(B, heads, rows, Dh)
-        self.summaries = block_summaries(self.k, self.rule.block, self.rule.score).clone()
-        self.tensors = self.k, self.v, self.summaries  # all that it allocated for positions
+        self.tensors = [self.k, self.v]                # all that it allocated
+        if self.rule.topk:
+            summaries = block_summaries(self.k, rule.block, rule.score)
+            self.summaries = summaries.clone()         # no view of k
+            self.tensors.append(self.summaries)
 
     def rows(self, p, t):
         """The rows from which a query at t reads positions p (int64), as in kernels.key_at."""
