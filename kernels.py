@@ -966,9 +966,9 @@ def attention_backward(
 run_attention = differentiable(attention_forward, attention_backward, lambda x, y: (*x[:3], *y))
 
 
-def attention(q, k_rec, v_rec, dilation, window, sinks):
+def attention(q, k_rec, v_rec, *sizes):
     """Equation (3), model.attend, for tensors of any strides. ValueError for too wide heads."""
-    return run_attention(q, k_rec, v_rec, [dilation, window, sinks])[0]
+    return run_attention(q, k_rec, v_rec, list(sizes))[0]
 
 
 def attention_chunk(q, k_near, v_near, cache, start):
@@ -1327,7 +1327,7 @@ def decode(o, q, k, v, g, rope, cache, splits=None):
     """Equations (2) to (5), but for out_proj, for one token of each sequence: (B, 1, C).
 
     o, q, k, v: (B, 1, C), and g, a list that holds one more, or none without recurrence. rope: cos
-    and sin (1, Dh/2) float32 of the token's position. cache: model.LayerCache, to which the token
+    and sin (1, Dh/2) float32 of the token's position. cache: a Cache's layer, to which the token
     is appended. splits: how many programs share a head's keys; None: enough to fill the GPU.
     """
     o, q, k, v, *g = same_strides(o, q, k, v, *g)
@@ -1339,6 +1339,8 @@ def decode(o, q, k, v, g, rope, cache, splits=None):
     first = 0                                          # head of the group
     for group in cache.groups:
         _, H, rows, Dh = group.k.shape
+        if not hasattr(group, "arrived"):              # made by the first step, which is no replay
+            group.arrived = q.new_zeros(B * H, dtype=torch.int32)
         BD = triton.next_power_of_2(Dh)
         BN = max(2048 // BD, 16)                       # 16 keys of 128 channels
         tiles = dict(BN=BN, STAGES=3, num_warps=BN * BD // 1024, maxnreg=128)
@@ -1793,9 +1795,7 @@ run_topk = differentiable(topk_forward, topk_backward, lambda x, y: (*x[:3], *y)
 
 
 def attention_topk(q, k_rec, v_rec, rule, summaries):
-    """Equation (3) with top-k blocks, model.attend: (B, h, T, Dh). q: (B, h, T, Dh), the last T of
-    n positions; k_rec, v_rec: (B, h, n, Dh); summaries: of their whole blocks.
-    """
+    """Equation (3) with top-k blocks, model.attend. q: (B, h, T, Dh), the last T of n positions."""
     B, H, T, Dh = q.shape
     n = k_rec.shape[2]
     block = min(rule.block, n)

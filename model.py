@@ -35,6 +35,7 @@ import sys
 import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -114,6 +115,10 @@ class Rule(NamedTuple):
     def allowed(self, t, p):
         return allowed(t, p, *self.sizes)
 
+    def dense(self, n):
+        """Does each of n positions attend to all before it, whatever the data?"""
+        return self.dilation == 1 or max(self.window, self.sinks) >= n - 1
+
 
 class Pattern(NamedTuple):
     """layers[i][j]: the Rule of head group j in layer i. Layers cycle through the outer tuple; the
@@ -181,20 +186,19 @@ def scan(a, u, h):
 
 
 def recurrence(k, v, g, state=None):
-    """The gated recurrence over keys and values, equation (2). Differentiable in every input.
+    """The gated recurrence (2). Keys and values share the decay: v~_p mixes values as k~_p mixes
+    the keys of the same tokens. Differentiable in every input.
 
     k, v, g: (B, T, C), T >= 1, any floating dtype. state: k_rec and v_rec of the position before,
-    (2, B, C) or a pair; None means zeros. Returns k_rec, v_rec (B, T, C) in the dtypes of k and v,
-    and the last state (2, B, C). The arithmetic and the state are float32 (float64 of float64).
-    ValueError for shapes or devices that do not match.
-
-    Keys and values share the decay: v~_p mixes values as k~_p mixes the keys of the same tokens.
+    (2, B, C) or a pair; None means zeros. Returns k_rec, v_rec in the dtypes of k and v, and the
+    last state (2, B, C), in float32 (float64 of float64) like the arithmetic. ValueError for shapes
+    or devices that do not match.
     """
     B, T, C = k.shape
     if state is None:
         state = k.new_zeros(2, B, C, dtype=exact(k.dtype))
-    found = [(*z.shape, z.device) for z in (k, v, g, *state)]
-    wanted = [(B, T, C, k.device)] * 3 + [(B, C, k.device)] * 2
+    found = [(z.shape, z.device) for z in (k, v, g, *state)]
+    wanted = [(k.shape, k.device)] * 3 + [((B, C), k.device)] * 2
     require(found == wanted and T >= 1, "recurrence: k, v, g are (B, T >= 1, C), the state is "
             f"2 x (B, C), all on one device; not {found}")
     if not torch.is_tensor(state):
@@ -236,10 +240,9 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
     """
     q, k_rec, v_rec = (z.to(compute_dtype(z)) for z in (q, k_rec, v_rec))
     kinds = [(z.shape, z.dtype, z.device) for z in (q, k_rec, v_rec)]
-    sizes = dilation, window, sinks
-    require(kinds == kinds[:1] * 3 and min(sizes) >= 0, f"attention: q, k_rec, v_rec differ: "
-            f"{kinds}, or one of dilation, window, sinks is negative: {sizes}")
-    return attend(q, k_rec, v_rec, Rule(*sizes))
+    require(kinds == kinds[:1] * 3, f"attention: q, k_rec, v_rec differ: {kinds}")
+    allowed(0, 0, dilation, window, sinks)             # refuses negative sizes
+    return attend(q, k_rec, v_rec, Rule(dilation, window, sinks))
 
 
 def attend(q, k_rec, v_rec, rule, summaries=None):
@@ -249,10 +252,9 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
     """
     T = q.shape[2]
     n = k_rec.shape[2]
-    dense = rule.dilation == 1 or rule.window >= n - 1
-    if dense and T == n:                               # PyTorch's own
-        return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
-    if dense:
+    if rule.dense(n):
+        if T == n:                                     # PyTorch's own
+            return F.scaled_dot_product_attention(q, k_rec, v_rec, is_causal=True)
         return F.scaled_dot_product_attention(q, k_rec, v_rec, causal_lower_right(T, n))
     if rule.topk and summaries is None:
         summaries = block_summaries(k_rec.detach(), rule.block, rule.score)
@@ -270,10 +272,10 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
 
 
 # Top-k blocks. The past is cut into blocks of N positions. A query scores each earlier block by a
-# summary of its keys. It attends to K blocks in full: its own up to itself, and the K - 1 earlier
-# ones with the best scores. In the same softmax it attends to what equation (4) allows elsewhere:
-# with D = N, to the last position of each other block, which stands for its block by the
-# recurrence. The score of a block for q_t, keys after RoPE:
+# summary of its keys after RoPE. It attends in full to its own block, and to the K - 1 earlier ones
+# with the best scores. In the same softmax it attends to what equation (4) allows elsewhere: with
+# D = N, to the last position of each other block, which stands for its block by the recurrence.
+# The score of a block for the query q_t:
 #
 #   mean     q_t . mean of its keys                                     as in MoBA
 #   minmax   sum over channels c of max(q_tc max k_pc, q_tc min k_pc)   as in Quest
@@ -360,7 +362,7 @@ class Mixing(nn.Module):
 
     def forward(self, x, rope, rules, cache=None):
         """x (B, T, C) -> (B, T, C): a whole sequence, or T more tokens, which are appended to the
-        LayerCache. rope: cos and sin of their positions. rules: of the head groups.
+        cache, one of Cache.layers. rope: cos and sin of their positions. rules: of head groups.
         """
         projected = self.in_proj(self.norm(x))                              # (1)
         o, q, k, v, *g = projected.split(self.widths, dim=-1)
@@ -368,8 +370,7 @@ class Mixing(nn.Module):
             return self.out_proj(kernels.decode(o, q, k, v, g, rope, cache))    # (2) to (4), gate
         k_rec, v_rec = k, v
         if g:
-            before = cache.state if cache else None
-            k_rec, v_rec, state = recurrence(k, v, *g, before)              # (2)
+            k_rec, v_rec, state = recurrence(k, v, *g, cache and cache.state)      # (2)
             if cache:
                 cache.state.copy_(state)
         heads = [z.unflatten(2, (-1, self.head_width)) for z in (q, k_rec, v_rec)]
@@ -378,13 +379,11 @@ class Mixing(nn.Module):
         # key of its own position. A mix of keys that were turned before would blur.
         q = rotate(q, *rope)
         k_rec = rotate(k_rec, *rope)
-        groups = [z.chunk(len(rules), dim=1) for z in (q, k_rec, v_rec)]
-        y = []
-        for i, qkv in enumerate(zip(*groups)):                              # (3), (4)
-            if cache:
-                y.append(cache.groups[i].attend(*qkv))
-            else:
-                y.append(attend(*qkv, rules[i]))
+        groups = zip(*(z.chunk(len(rules), dim=1) for z in (q, k_rec, v_rec)))
+        if cache:                                                           # (3), (4)
+            y = [held.attend(*qkv) for held, qkv in zip(cache.groups, groups)]
+        else:
+            y = [attend(*qkv, rule) for rule, qkv in zip(rules, groups)]
         y = torch.cat(y, dim=1) if len(y) > 1 else y[0]
         y = y.transpose(1, 2).flatten(2)                                    # (B, T, C)
         return self.out_proj(torch.sigmoid(o) * y)                          # (5)
@@ -411,10 +410,9 @@ class Block(nn.Module):
 
 # ---- The cache: what decoding keeps, and where ---------------------------------------------------
 #
-# After `length` tokens, positions 0 to length - 1, the next query is at position t = length. It may
-# attend to the W positions before it, to the grid and to the sinks. Later queries need no others: a
-# position that has left the window never comes back. So each head group has three buffers, side by
-# side in one tensor:
+# After `length` tokens the next query is at position t = length. It may attend to the W positions
+# before it, to the grid and to the sinks. Later queries need no others: a position that has left
+# the window never comes back. So each head group has three buffers, side by side in one tensor:
 #
 #   sinks   row p                   the positions before S
 #   ring    row S + p mod W         every position, until it is overwritten: the last W
@@ -427,29 +425,26 @@ class Block(nn.Module):
 #   row          0    1  |  2    3    4  |  5    6    7
 #   position     0    1  | 12   13   11  |  3    7   11        11 is read from row 4 alone
 #
-# Under dense attention and top-k blocks a later query may attend to every position. Then there is a
-# grid of D = 1 alone: the rows are the positions. Keys are stored after RoPE.
+# Under dense attention and top-k blocks a later query may attend to every position: a grid of D = 1
+# alone, whose rows are the positions. Keys are stored after RoPE.
 
 class GroupCache:
-    """The keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what
-    queries attend to. kept: what is held for them. summaries: of top-k blocks. arrived: how many
-    programs of a head are done in the decoding kernel. like: k and v without rows.
+    """Keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what queries
+    attend to. kept: what is held for them. summaries: of top-k blocks.
     """
 
     def __init__(self, cache, rule, like):
         self.cache = cache
-        dense = Rule(dilation=1)
-        self.rule = dense if rule.dilation == 1 else rule
-        kept = dense if rule.topk else self.rule       # top-k blocks may want every position
         n = cache.max_len
-        self.kept = kept._replace(window=min(kept.window, n), sinks=min(kept.sinks, n))
-        dilation, window, sinks = self.kept[:3]
+        every = Rule(dilation=1)
+        self.rule = every if rule.dense(n) else rule
+        self.kept = every if rule.topk else self.rule  # top-k blocks may want any position
+        dilation, window, sinks = self.kept.sizes
         rows = sinks + window + (n // dilation if dilation else 0)
         B, heads, _, Dh = like.shape
         self.k = like.new_zeros(B, heads, rows, Dh)
         self.v = like.new_zeros(B, heads, rows, Dh)
-        self.tensors = [self.k, self.v]                # all that it allocated for positions
-        self.arrived = like.new_zeros(B * heads, dtype=torch.int32)
+        self.tensors = [self.k, self.v]                # all that it allocated
         if self.rule.topk:
             summaries = block_summaries(self.k, rule.block, rule.score)
             self.summaries = summaries.clone()         # no view of k
@@ -457,14 +452,14 @@ class GroupCache:
 
     def rows(self, p, t):
         """The rows from which a query at t reads positions p (int64), as in kernels.key_at."""
-        dilation, window, sinks = self.kept[:3]
+        dilation, window, sinks = self.kept.sizes
         grid = sinks + window + p // max(dilation, 1)
         lasting = torch.where(on_grid(p, dilation), grid, p)
         return torch.where(p >= t - window, sinks + p % max(window, 1), lasting)
 
     def store(self, k, v, start):
         """Keep what later queries may need of k, v (B, heads, T, Dh), positions from `start` on."""
-        dilation, window, sinks = self.kept[:3]
+        dilation, window, sinks = self.kept.sizes
         end = start + k.shape[2]
         last = torch.arange(max(start, end - window), end, device=k.device)
         for mine, new in (self.k, k), (self.v, v):
@@ -478,9 +473,8 @@ class GroupCache:
                 grid[:, :, start // dilation:end // dilation] = on_it
 
     def attend(self, q, k, v):
-        """Attention of q, k, v (B, heads, T, Dh), the next T positions, over themselves and what is
-        held: (B, heads, T, Dh). The ring is read before they are stored: position t takes the row
-        of t - W, which t still attends to. With a grid of D = 1 no row is taken twice.
+        """Attention (B, heads, T, Dh) of the next T positions over themselves and what is held. The
+        ring is read before they are stored: position t takes the row of t - W, which it still sees.
         """
         start = self.cache.length
         end = start + q.shape[2]
@@ -488,10 +482,10 @@ class GroupCache:
             self.store(k, v, start)
             k = self.k[:, :, :end]
             v = self.v[:, :, :end]
-            if not self.rule.topk:
-                return attend(q, k, v, self.rule)
-            summaries = self.summaries[:, :, :end // self.rule.block]
-            summaries.copy_(block_summaries(k, self.rule.block, self.rule.score))
+            summaries = None
+            if self.rule.topk:
+                summaries = block_summaries(k, self.rule.block, self.rule.score)
+                self.summaries[:, :, :summaries.shape[2]] = summaries
             return attend(q, k, v, self.rule, summaries)
         p = torch.arange(start, device=q.device)
         if on_kernels(q):
@@ -512,19 +506,11 @@ class GroupCache:
         return F.scaled_dot_product_attention(q, keys, values, mask)
 
 
-class LayerCache(NamedTuple):
-    """One layer's part of a Cache. state: (2, B, C) float32 (float64 in a float64 model), k~ before
-    RoPE and v~ of the last position; without recurrence C is 0. seen: the Cache's own.
-    """
-    state: torch.Tensor
-    groups: list
-    seen: torch.Tensor
-
-
 class Cache:
     """What decoding keeps of `batch` sequences of up to max_len tokens. RATPlus.new_cache makes it.
     length: how many tokens it has seen. seen: the same on the device, (1,) int64, where kernels
-    read it. dtype: of keys, values and matrix products. whole: see `appending`.
+    read it. layers: of each its state (2, B, C), empty without recurrence, and its head groups.
+    dtype: of keys, values and matrix products. whole: see `appending`.
     """
 
     def __init__(self, config, batch, max_len, pattern, dtype, weight):
@@ -543,7 +529,7 @@ class Cache:
             like = weight.new_empty(batch, heads, 0, config.head_width, dtype=dtype)
             groups = [GroupCache(self, rule, like) for rule in rules]
             state = weight.new_zeros(2, batch, C, dtype=exact(dtype))
-            self.layers.append(LayerCache(state, groups, self.seen))
+            self.layers.append(SimpleNamespace(state=state, groups=groups, seen=self.seen))
 
     def check(self, shape):
         """ValueError if tokens of this shape (B, T) can't be appended."""
@@ -554,35 +540,38 @@ class Cache:
                 f"is for batch {self.batch} and has seen {self.length} of max_len {self.max_len}")
 
     @contextlib.contextmanager
-    def appending(self, T, weight):
-        """Around what appends T tokens by a model of this weight. It computes in the dtype of the
-        cache, whatever autocast says. The cache is not whole until that has succeeded; then its
-        length advances, here and on the device.
+    def appending(self, shape, weight):
+        """Around what appends tokens of this shape by a model of this weight. It computes in the
+        dtype of the cache, whatever autocast says. The cache is not whole until that has succeeded;
+        then its length advances, here and on the device.
         """
+        self.check(shape)
         self.whole = False
         cast = self.dtype != weight.dtype
         with torch.autocast(weight.device.type, self.dtype, enabled=cast, cache_enabled=False):
             yield
-        self.seen += T
-        self.length += T
+        self.seen += shape[1]
+        self.length += shape[1]
         self.whole = True
 
     @property
     def nbytes(self):
         """Bytes of all keys, values, summaries and states, as allocated."""
-        tensors = [layer.state for layer in self.layers]
+        total = 0
         for layer in self.layers:
-            tensors += [z for group in layer.groups for z in group.tensors]
-        return sum(z.nbytes for z in tensors)
+            total += layer.state.nbytes
+            for group in layer.groups:
+                total += sum(z.nbytes for z in group.tensors)
+        return total
 
     @property
     def slots(self):
         """slots[layer][group]: how many different positions the next query may attend to."""
-        p = torch.arange(self.length)
+        t = self.length
+        p = torch.arange(t)
         counts = []
         for layer in self.layers:
-            held = [group.kept.allowed(len(p), p) for group in layer.groups]
-            counts.append([each.sum().item() for each in held])
+            counts.append([group.kept.allowed(t, p).sum().item() for group in layer.groups])
         return counts
 
 
@@ -605,31 +594,27 @@ class RATPlus(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def compile(self, **options):
-        """torch.compile each block by itself. They are alike: one graph serves them all."""
+        """torch.compile each block by itself: they are alike, so one graph serves all."""
         for block in self.blocks:
             block.compile(**options)
 
-    def hidden(self, idx, pattern="D1", cache=None):
+    def hidden(self, idx, pattern, cache=None):
         """idx (B, T) -> (B, T, C): all but the last norm and the head. Appends idx to a cache."""
         require(idx.dim() == 2 and idx.shape[1] >= 1, f"tokens are (B, T >= 1), not {idx.shape}")
+        pattern = Pattern.parse(pattern).check(self.config)
         t = torch.arange(idx.shape[1], device=idx.device)
         if cache:
-            pattern = cache.pattern
             t = t + cache.seen
-        else:
-            pattern = Pattern.parse(pattern).check(self.config)
         rope = rope_angles(t, self.config.head_width)
         x = self.embed(idx)
         for i, block in enumerate(self.blocks):
-            rules = pattern.rules(i)
-            if cache:
-                one = len(t) == 1 and on_kernels(x)
-                run = block if one else block._call_impl       # a chunk: not compiled, T varies
-                x = run(x, rope, rules, cache.layers[i])
+            inputs = x, rope, pattern.rules(i), cache and cache.layers[i]
+            if cache and not (len(t) == 1 and on_kernels(x)):
+                x = block._call_impl(*inputs)          # a chunk: not compiled, as T varies
             elif self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, rules, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, rope, rules)
+                x = block(*inputs)
         return x
 
     def head(self, x):
@@ -670,8 +655,8 @@ class RATPlus(nn.Module):
         """
         cache.check(idx.shape)
         for piece in idx.split(chunk, dim=1):
-            with cache.appending(piece.shape[1], self.embed.weight):
-                logits = self.head(self.hidden(piece, cache=cache)[:, -1])
+            with cache.appending(piece.shape, self.embed.weight):
+                logits = self.head(self.hidden(piece, cache.pattern, cache)[:, -1])
         return logits
 
     def step(self, token, cache):
@@ -680,12 +665,11 @@ class RATPlus(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, n_new, cache, temperature=1.0, top_k=None, top_p=None, stop=None):
-        """Prefill idx (B, T), then yield up to n_new tokens (B,), each but the last appended when
-        the next is asked for. A sequence that yielded `stop` yields it ever after; the stream ends
-        soon after all did. ValueError if the logits become NaN (within 16 tokens) or the cache is
-        full. With kernels on a GPU, prefill and the first step run eagerly, which compiles them.
-        Then a step and its sampling are captured as a CUDA graph, which all later steps replay. It
-        reads its position from `cache.seen`.
+        """Prefill idx (B, T), then yield up to n_new tokens (B,), each appended when the next is
+        asked for. A sequence that yielded `stop` yields it ever after; the stream ends soon after
+        all did. ValueError if the logits become NaN (within 16 tokens) or the cache is full. With
+        kernels on a GPU, prefill and the first step run eagerly, which compiles them. Then a step
+        and its sampling are captured as a CUDA graph, which all later steps replay.
         """
         weight = self.embed.weight
         seed = torch.randint(2**62, ()).item()         # torch.manual_seed fixes it
@@ -693,16 +677,15 @@ class RATPlus(nn.Module):
 
         def advance():
             """Append `token` and replace it by the next one. Where it is -1 (NaN) it stays so."""
-            x = self.hidden(token[:, None].clamp(min=0), cache=cache)[:, -1]
-            new = choose(self.head(x), temperature, top_k, top_p, generator)
+            x = self.hidden(token[:, None].clamp(min=0), cache.pattern, cache)
+            new = choose(self.head(x[:, -1]), temperature, top_k, top_p, generator)
             new = new.masked_fill(token < 0, -1)
             token.copy_(new if stop is None else new.masked_fill(token == stop, stop))
 
         token = choose(self.prefill(idx, cache), temperature, top_k, top_p, generator)
         for i in range(n_new):
             if i > 0:
-                cache.check((len(idx), 1))
-                with cache.appending(1, weight):
+                with cache.appending((len(idx), 1), weight):
                     if i == 2 and weight.is_cuda and on_kernels(weight):       # 1 was eager
                         advance = capture(advance, generator)
                     advance()
@@ -716,9 +699,11 @@ class RATPlus(nn.Module):
                  stop=None):
         """idx (B, T) and n_new tokens after it. After its first `stop` a sequence is all `stop`."""
         cache = self.new_cache(len(idx), idx.shape[1] + n_new, pattern)
-        new = list(self.stream(idx, n_new, cache, temperature, top_k, top_p, stop))
-        new += new[-1:] * (n_new - len(new))
-        return torch.cat((idx, *(token[:, None] for token in new)), dim=1)
+        out = [idx]
+        for token in self.stream(idx, n_new, cache, temperature, top_k, top_p, stop):
+            out.append(token[:, None])
+        out += out[-1:] * (n_new + 1 - len(out))       # all sequences had stopped
+        return torch.cat(out, dim=1)
 
 
 CAPTURING = threading.Lock()                           # PyTorch captures one graph at a time
@@ -745,34 +730,32 @@ def capture(step, generator):
 # ---- Sampling ------------------------------------------------------------------------------------
 
 def choose(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw a token (B,) from logits (B, V), in float32, without waiting for a GPU; -1 where a row
-    holds NaN. temperature: 0 takes the likeliest token. top_k: draw among the k likeliest. top_p:
-    draw among the fewest of these whose probabilities reach p. ValueError for impossible arguments.
+    """Draw a token (B,) from logits (B, V), without waiting for a GPU; -1 where a row holds NaN.
+    temperature 0 takes the likeliest, top_k draws among the k likeliest, top_p among the fewest of
+    these whose probabilities reach p. ValueError for other arguments.
     """
     right = top_k is None or top_k >= 1
     right = right and (top_p is None or 0 < top_p <= 1)
     require(right and temperature >= 0, "sampling wants temperature >= 0, top_k >= 1, "
             f"0 < top_p <= 1; got {temperature}, {top_k}, {top_p}")
-    best, likeliest = logits.max(-1, keepdim=True)
-    lost = best[:, 0].isnan()
-    if temperature == 0:
-        return likeliest[:, 0].masked_fill(lost, -1)
-    below = (logits - best).masked_fill(logits == best, 0).float()     # inf - inf would be NaN
-    probs = (below / max(temperature, 1e-30)).softmax(-1)
-    few = top_k is not None or top_p is not None
-    if few:
-        V = probs.shape[-1]
-        probs, tokens = probs.topk(min(top_k or V, V))                 # the likeliest first
-    if top_p is not None:
-        mass = (probs.double() * 2**52).long()         # integers add up alike in any order
-        likelier = mass.cumsum(-1) - mass              # the mass of all likelier tokens
-        enough = mass.sum(-1, keepdim=True).double() * top_p
-        probs = probs.masked_fill(likelier >= enough, 0)
-    # With e_i drawn from an exponential, the largest p_i / e_i lies at i with probability p_i.
-    e = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-10)
-    token = (probs / e).argmax(-1, keepdim=True)
-    token = tokens.gather(-1, token) if few else token
-    return token[:, 0].masked_fill(lost, -1)
+    best, token = logits.max(-1, keepdim=True)
+    if temperature > 0:
+        below = (logits - best).masked_fill(logits == best, 0).float()     # inf - inf would be NaN
+        probs = (below / max(temperature, 1e-30)).softmax(-1)
+        if top_k or top_p:
+            V = probs.shape[-1]
+            probs, tokens = probs.topk(min(top_k or V, V))             # the likeliest first
+        if top_p:
+            mass = (probs.double() * 2**52).long()     # integers add up alike in any order
+            likelier = mass.cumsum(-1) - mass          # the mass of all likelier tokens
+            enough = mass.sum(-1, keepdim=True).double() * top_p
+            probs = probs.masked_fill(likelier >= enough, 0)
+        # With e_i drawn from an exponential, the largest p_i / e_i is at i with probability p_i.
+        e = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-10)
+        token = (probs / e).argmax(-1, keepdim=True)
+        if top_k or top_p:
+            token = tokens.gather(-1, token)
+    return token[:, 0].masked_fill(best[:, 0].isnan(), -1)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -799,16 +782,14 @@ def save_checkpoint(path, model, **meta):
 
 
 def load_checkpoint(path, device="cpu"):
-    """(model, meta) from our file or the authors' .pth. Nothing in the file is executed. The
-    weights are float32. meta: what save_checkpoint got; by default tokenizer "ids", pattern "D1".
-    OSError if there is no file, ValueError if it is not a whole checkpoint.
+    """(model, meta) from our file or the authors' .pth, of which nothing is executed. Weights are
+    float32; meta is what save_checkpoint got. OSError without a file, ValueError if it isn't whole.
     """
     easydict = torch.serialization.safe_globals([(OrderedDict, "easydict.EasyDict")])
     with open(path, "rb") as f, easydict:
         try:
             data = torch.load(f, map_location="cpu", weights_only=True)
-            if "model" not in data:
-                data = from_authors(data)
+            data = data if "model" in data else from_authors(data)
             with torch.device("meta"):                 # spends no memory and no random numbers
                 model = RATPlus(RATConfig(**data.pop("config")))
             model.load_state_dict(data.pop("model"), assign=True)
@@ -861,13 +842,12 @@ def draw(pattern, T):
     for i, rules in enumerate(pattern.layers):
         for j, rule in enumerate(rules):
             print(f"{rule}: layer {i} of every {len(pattern.layers)}, group {j} of {len(rules)}")
-            mask = pattern.mask(T, i, j)
-            for t in range(T):
+            for t, sees in enumerate(pattern.mask(T, i, j)):
                 row = []
                 for p in range(t + 1):
-                    letter = "S" if p < rule.sinks else "W"
-                    letter = "D" if on_grid(p, rule.dilation) else letter
-                    row.append(letter if mask[t, p] else ".")
+                    kind = "S" if p < rule.sinks else "W"
+                    kind = "D" if on_grid(p, rule.dilation) else kind
+                    row.append(kind if sees[p] else ".")
                 print(f"{t:4}", *row)
 
 

@@ -1,6 +1,4 @@
-"""The operations on both paths, plain PyTorch and kernels, against loops over their equations in
-float64: outputs and every gradient, by name. Kernels run on a GPU or in Triton's interpreter.
-"""
+"""The operations, plain and by kernels, against loops in float64: outputs, gradients by name."""
 import copy
 import math
 
@@ -15,14 +13,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import kernels
 import model
-from model import (Cache, LayerCache, Mixing, Pattern, RATConfig, RATPlus, Rule, allowed, attend,
+from model import (Cache, Mixing, Pattern, RATConfig, RATPlus, Rule, allowed, attend,
                    attention, recurrence, rope_angles, rotate)
-from test_model import assert_same, tiny
+from test_model import GPU, HALF, assert_same, gpu, tiny
 
-GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-gpu = pytest.mark.skipif(not GPU, reason="needs a GPU: too large for Triton's interpreter")
-HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter's bfloat16 products are wrong
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 PATTERNS = ["D1W9S3", "D4", "D7W5S3", "D16W10S4", "W12S4", "W0", "S5",
             "D500", "D3W40", "D5W2S400"]                        # D > T, W >= T and S > T among them
@@ -93,11 +88,14 @@ def named(run):
     return f
 
 
-def of_in_proj(run):
-    """The recurrence of k, v, g as they come out of in_proj: views of x (B, T, 5 C)."""
-    def f(x, state):
-        return named(run)(*x.chunk(5, dim=-1)[2:], state)
-    return f
+def check_recurrence(k, v, g, limit):
+    B, _, C = k.shape
+    inputs = dict(k=k, v=v, g=g, state=randn(2, B, C))
+    compare(named(recurrence), named(recurrence_loop), limit, **inputs)
+    k_rec, v_rec, end = recurrence(**inputs)
+    assert k_rec.dtype == k.dtype
+    assert v_rec.dtype == v.dtype
+    assert end.dtype == torch.float32
 
 
 @pytest.mark.parametrize("B, T, C, dtype", [
@@ -109,25 +107,15 @@ def of_in_proj(run):
 def test_recurrence_is_equation_2(device, B, T, C, dtype):
     """Lengths and widths that no tile divides, and a chain of several tiles."""
     x = randn(B, T, 5 * C, dtype=dtype)
-    state = randn(2, B, C)
-    run = of_in_proj(recurrence)
-    compare(run, of_in_proj(recurrence_loop), LIMITS[dtype], x=x, state=state)
-    found = run(x, state)
-    assert found["v_rec"].dtype == dtype
-    assert found["end"].dtype == torch.float32
+    _, _, k, v, g = x.chunk(5, -1)                              # as Mixing splits them
+    check_recurrence(k, v, g, LIMITS[dtype])
 
 
 def test_recurrence_takes_any_strides_and_mixed_dtypes(device):
     k = randn(2, 9, 20)
     v = randn(9, 2, 20).transpose(0, 1).half()
     g = randn(2, 20, 9).mT
-    state = randn(2, 2, 20)
-    inputs = dict(k=k, v=v, g=g, state=state)
-    run = named(recurrence)
-    compare(run, named(recurrence_loop), LIMITS[torch.float16], **inputs)
-    found = run(**inputs)
-    assert found["k_rec"].dtype == torch.float32
-    assert found["v_rec"].dtype == torch.float16
+    check_recurrence(k, v, g, LIMITS[torch.float16])
 
 
 def test_recurrence_differentiates_twice_in_plain_pytorch():
@@ -163,21 +151,23 @@ def test_rotate_turns_pairs_of_channels_by_their_angles(device, T, Dh, dtype):
     """As complex numbers: x1 + i x2 times exp(i angle). The angle is t / 10000^(2 j / Dh)."""
     t = torch.arange(100, 100 + T, device=DEVICE)
     j = torch.arange(Dh // 2, device=DEVICE).double()
-    angle = t[:, None] * 10000.0 ** (-2 * j / Dh)
+    frequency = 10000.0 ** (-2 * j / Dh)
+    angle = t[:, None] * frequency
     table = any_strides(rope_angles(t, Dh))
     assert_same("cos", table[0], angle.cos())
     assert_same("sin", table[1], angle.sin())
 
     def run(x):
-        return dict(y=rotate(heads_of(x)[1], *table))
+        return dict(y=rotate(x, *table))
 
     def turned(x):
-        pairs = torch.complex(*heads_of(x)[1].chunk(2, dim=-1))
+        pairs = torch.complex(*x.chunk(2, -1))
         pairs = pairs * torch.exp(1j * angle)
-        return dict(y=torch.cat((pairs.real, pairs.imag), -1))
+        y = torch.cat((pairs.real, pairs.imag), -1)
+        return dict(y=y)
 
     x = randn(2, T, 3, 4, Dh, dtype=dtype)
-    compare(run, turned, LIMITS[dtype], x=x)
+    compare(run, turned, LIMITS[dtype], x=heads_of(x)[1])
 
 
 # ---- Attention -----------------------------------------------------------------------------------
@@ -197,39 +187,42 @@ def attention_loop(q, k, v, pattern):
     rows = []
     for i in range(T):
         seen = p[rule.allowed(n - T + i, p)]
-        query = q[:, :, i:i + 1] / math.sqrt(q.shape[-1])
-        scores = query @ k[:, :, seen].mT
+        query = q[:, :, i:i + 1]
+        scores = query @ k[:, :, seen].mT / math.sqrt(q.shape[-1])
         rows.append(scores.softmax(-1) @ v[:, :, seen])
     return torch.cat(rows, dim=2)
 
 
+def under(pattern):
+    """Attention under a pattern of one rule, as `compare` takes it."""
+    def run(q, k, v):
+        return dict(y=attend(q, k, v, Rule.parse(pattern)))
+    return run
+
+
 def check_attention(pattern, B, T, Dh=8, dtype=torch.float32, first=0):
     """Of head slices, for the queries from `first` on. dq is 0 where a query sees itself alone."""
-    def run(x):
-        q, k, v = heads_of(x)
-        return dict(y=attend(q[:, :, first:], k, v, Rule.parse(pattern)))
-
-    def definition(x):
-        q, k, v = heads_of(x)
-        return dict(y=attention_loop(q[:, :, first:], k, v, pattern))
+    def definition(q, k, v):
+        return dict(y=attention_loop(q, k, v, pattern))
 
     x = randn(B, T, 3, 4, Dh, dtype=dtype)
-    compare(run, definition, LIMITS[dtype], 1, x=x)
+    q, k, v = heads_of(x)
+    q = q[:, :, first:]
+    compare(under(pattern), definition, LIMITS[dtype], 1, q=q, k=k, v=v)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_attention_is_equation_3(device, pattern):
     """The keys that none of the last queries of a sequence sees have no gradient."""
-    for B, T, first in (2, 5, 0), (1, 70, 0), (2, 1, 0), (1, 40, 27):
+    cases = (2, 5, 0), (1, 70, 0), (2, 1, 0), (1, 40, 27)
+    for B, T, first in cases:
         check_attention(pattern, B, T, first=first)
 
 
 @pytest.mark.parametrize("tma", [True, False])
 @pytest.mark.parametrize("pattern", ["D16W150S4", "D2W200S40", "D3S2", "W100S40"])
 def test_attention_over_several_tiles(kernels_on, monkeypatch, pattern, tma):
-    """Tiles of keys that all of a program's queries see, far ones and in the middle of a window.
-    On GPUs before Hopper, without TMA, they are loaded element by element.
-    """
+    """That all of a program's queries see. Before Hopper, without TMA, they come by elements."""
     if not tma:
         monkeypatch.setattr(kernels, "has_tma", lambda x: False)
     check_attention(pattern, 1, 258)
@@ -266,7 +259,9 @@ def test_attention_of_rows_that_descriptors_can_not_describe(kernels_on):
 @pytest.mark.parametrize("pattern", ["D64", "D300W3S7"])
 def test_few_lasting_keys_split_their_queries(kernels_on, monkeypatch, pattern):
     """Then gradients go through partial sums. The same input gives the same gradient to the bit."""
-    x = dict(x=randn(1, 1030, 3, 4, 8))
+    x = randn(1, 1030, 3, 4, 8)
+    qkv = dict(zip("qkv", heads_of(x)))
+    double = {name: x.double() for name, x in qkv.items()}
     split = []
     launch = kernels.launch
 
@@ -274,14 +269,11 @@ def test_few_lasting_keys_split_their_queries(kernels_on, monkeypatch, pattern):
         split.append(constants.get("SPLIT"))
         return launch(*arguments, **constants)
 
-    def run(x):
-        return dict(y=attend(*heads_of(x), Rule.parse(pattern)))
-
     monkeypatch.setattr(kernels, "launch", look)
-    found = outputs_and_gradients(run, x)
+    found = outputs_and_gradients(under(pattern), qkv)
     assert True in split, "the queries were not split"
-    again = outputs_and_gradients(run, x)
-    exact = outputs_and_gradients(run, dict(x=x["x"].double()))
+    again = outputs_and_gradients(under(pattern), qkv)
+    exact = outputs_and_gradients(under(pattern), double)
     for name, y in found.items():
         assert_same(name, y, exact[name])
         assert y.equal(again[name]), name
@@ -292,7 +284,8 @@ def test_attention_never_reads_a_key_that_is_not_allowed(kernels_on):
     qkv = randn(3, 1, 2, 70, 8)
     expected = attention_loop(*qkv, "D8S2")[:, :, 64:]
     p = torch.arange(70, device=DEVICE)
-    unseen = ~allowed(p[64:, None], p, 8, 0, 2).any(0)
+    sees = allowed(p[64:, None], p, 8, 0, 2)
+    unseen = ~sees.any(0)
     qkv[1:, :, :, unseen] = math.nan
     y = attention(*qkv, 8, 0, 2)[:, :, 64:]
     assert_same("y", y, expected)
@@ -342,12 +335,13 @@ def test_a_step_reads_the_rows_that_the_cache_says(pattern):
 # ---- Decoding ------------------------------------------------------------------------------------
 
 def layer_cache(pattern, max_len, B=2, H=2, Dh=8, dtype=torch.float32, recurrent=True):
-    """An empty LayerCache on the kernels' device, whose state is drawn."""
+    """An empty layer of a Cache on the kernels' device, whose state is drawn."""
     config = RATConfig(1, 1, H, H * Dh, recurrent)
     pattern = Pattern.parse(pattern)
     weight = randn(1, dtype=dtype)
     layer = Cache(config, B, max_len, pattern, dtype, weight).layers[0]
-    return layer._replace(state=torch.randn_like(layer.state))
+    layer.state.normal_()
+    return layer
 
 
 def fill(layer, t):
@@ -358,7 +352,8 @@ def fill(layer, t):
         B, H, _, Dh = group.k.shape
         for z in group.tensors:
             z.fill_(math.nan)
-        group.store(*randn(2, B, H, t, Dh, dtype=group.k.dtype), 0)
+        k, v = randn(2, B, H, t, Dh, dtype=group.k.dtype)
+        group.store(k, v, 0)
         if group.rule.topk:
             size = group.rule.block
             before = max(t - 1, 0) // size                      # the step makes the next one
@@ -374,14 +369,13 @@ def in_float64(layer):
         group.v = group.v.nan_to_num().double()
         if group.rule.topk:
             group.summaries = group.summaries.nan_to_num().double()
-    return LayerCache(twin.state.double(), twin.groups, twin.seen)
+    twin.state = twin.state.double()
+    return twin
 
 
 def check_decode(pattern, t, dtype=torch.float32, H=2, Dh=8, recurrent=True, splits=None, loud=1,
                  limit=None):
-    """One step at position t beside Mixing without kernels and projections: what it returns, the
-    new state, and what the cache then holds.
-    """
+    """A step at t is that of Mixing without projections: what it returns, its state, its cache."""
     layer = layer_cache(pattern, 96, 2, H, Dh, dtype, recurrent)
     fill(layer, t)
     exact = in_float64(layer)
@@ -410,16 +404,11 @@ def test_decode(pattern):
         check_decode(pattern, t)
 
 
-@pytest.mark.parametrize("pattern, t, splits", [
-    ("D1", 95, 2),
-    ("D1", 95, 3),
-    ("D2W30S3", 90, 5),
-    ("D1", 2, 5)])
-def test_decode_by_several_programs(pattern, t, splits):
-    check_decode(pattern, t, H=1, Dh=256, splits=splits)        # 16 keys a tile
-
-
 @pytest.mark.parametrize("pattern, t, options", [
+    ("D1", 95, dict(H=1, Dh=256, splits=2)),                    # several programs, 16 keys a tile
+    ("D1", 95, dict(H=1, Dh=256, splits=3)),
+    ("D2W30S3", 90, dict(H=1, Dh=256, splits=5)),
+    ("D1", 2, dict(H=1, Dh=256, splits=5)),
     ("D64", 20, dict(loud=300, limit=1e-3, splits=2)),          # scores of hundreds, either sign:
     ("W5S2", 3, dict(loud=300, limit=1e-3, splits=2)),          # 2^score is beyond float32
     ("D4W9S2", 77, dict(Dh=2, H=3)),
@@ -527,5 +516,5 @@ def test_offsets_of_more_than_31_bits():
     near = p[allowed(p[-1], p, 64, 40, 4)]
     keys = x[:, 60:, near]
     mask = allowed(p[-8:, None], near, 64, 16, 4)
-    expected = F.scaled_dot_product_attention(x[:, 60:, -8:], keys, keys, attn_mask=mask)
+    expected = F.scaled_dot_product_attention(x[:, 60:, -8:], keys, keys, mask)
     assert_same("y", y, expected, 2e-2)

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="triton is not installed")
 import kernels
 from model import Rule, attend
-from test_decode import assert_decodes
-from test_kernels import (DEVICE, GPU, LIMITS, check_decode, compare, outputs_and_gradients, randn)
-from test_model import SCORES, assert_same, tiny
+from test_kernels import DEVICE, LIMITS, check_decode, compare, outputs_and_gradients, randn, under
+from test_model import GPU, SCORES, assert_same, gpu
 
 
 @pytest.fixture(autouse=True)
@@ -51,24 +50,16 @@ def topk_mask(q, k, rule):
     return mask[n - len(q):]
 
 
-def under(rule):
-    """Attention under a Rule as `compare` takes it."""
-    def run(q, k, v):
-        return dict(y=attend(q, k, v, rule))
-    return run
-
-
-def check_attention(q, k, v, rule, limit=1e-5):
+def check_attention(q, k, v, pattern, limit=1e-5):
     """y and every gradient: none flows through the choice. q: the last T of n positions."""
-    rule = Rule.parse(rule)
     heads = [z.flatten(0, 1).double().cpu() for z in (q, k)]
-    masks = [topk_mask(*head, rule) for head in zip(*heads)]
+    masks = [topk_mask(*head, Rule.parse(pattern)) for head in zip(*heads)]
     mask = torch.stack(masks).unflatten(0, q.shape[:2]).to(DEVICE)
 
     def definition(q, k, v):
         return dict(y=F.scaled_dot_product_attention(q, k, v, mask))
 
-    compare(under(rule), definition, limit, floor=1, q=q, k=k, v=v)
+    compare(under(pattern), definition, limit, floor=1, q=q, k=k, v=v)
 
 
 CASES = [
@@ -106,7 +97,7 @@ def test_attention_of_other_widths(kernels_on, Dh):
     check_attention(*randn(3, 1, 1, 50, Dh), "D8W4N20K3:minmax")
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU: the tensor cores' bfloat16 products")
+@gpu
 @pytest.mark.parametrize("Dh", [64, 128])
 @pytest.mark.parametrize("rule", ["N64K16", "D64N64K8", "W100S4N64K4"])
 def test_attention_in_bfloat16_on_a_gpu(rule, Dh):
@@ -168,7 +159,7 @@ def test_the_limits_of_topk_are_the_other_patterns(device):
 def test_the_same_input_gives_the_same_gradients_to_the_bit(kernels_on):
     T = 80 if GPU else 20                                  # the interpreter runs one by one anyway
     qkv = dict(zip("qkv", randn(3, 1, 2, T, 16)))
-    run = under(Rule.parse("D8W5N8K3"))
+    run = under("D8W5N8K3")
     again = outputs_and_gradients(run, qkv)
     for name, x in outputs_and_gradients(run, qkv).items():
         assert x.equal(again[name]), f"{name} differs"
@@ -207,11 +198,3 @@ def test_a_step_by_kernels_is_the_plain_step(pattern, splits):
 @pytest.mark.parametrize("score", SCORES)
 def test_summaries_of_large_blocks_are_made_in_tiles(score):
     check_decode(f"N90K2:{score}", 90, H=1)
-
-
-@pytest.mark.parametrize("pattern", ["N3K2", "D1/N3K2:minmax", "D4N3K2:last"])
-def test_decoding_gives_what_the_sequence_gives(kernels_on, pattern):
-    """Prompts, steps and chunks across borders of blocks."""
-    net = tiny(n_layer=1, n_head=2, n_embd=16).to(kernels_on)
-    idx = torch.randint(50, (1, 15), device=kernels_on)
-    assert_decodes(net, idx, pattern, (4, 1, 1, 1, 3, 2, 1, 2))
