@@ -42,9 +42,10 @@ def settle(argv):
 
 
 def is_done(path, parent, config):
-    """Whether --resume keeps the file. ValueError if it was made otherwise."""
-    if not config.resume or not os.path.exists(path):
+    """Whether --resume keeps the file. ValueError if it is in the way, or was made otherwise."""
+    if not os.path.exists(path) or config.overwrite:
         return False
+    require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
     _, meta = load_checkpoint(path)
     require("adapt" in meta and meta["parent"] == parent, f"{path} was not adapted from these "
             "weights: --overwrite adapts anew")

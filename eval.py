@@ -41,8 +41,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import Cache, Pattern, RATPlus, load_checkpoint, require
-from sample import bytes_read
-from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte,
+from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte, bytes_read,
                    bytes_per_token, evaluate, file_of, fingerprint, header, inherit,
                    keys_per_token, load_data, move, new_parser, note, pattern_flag, run, use_device)
 

@@ -12,7 +12,6 @@ small cache makes room for a large batch: that is where the speed comes from.
 with a warning. `python sample.py --bench --preset paper-1.5b --contexts 4096 16384` prints a table.
 """
 import argparse
-import functools
 import gc
 import math
 import os
@@ -22,7 +21,7 @@ from itertools import islice, product
 import torch
 
 from model import PRESETS, Cache, Pattern, RATConfig, RATPlus, load_checkpoint, require
-from train import (Tokenizer, file_of, fingerprint, header, keys_at, new_parser, note, on_gpu,
+from train import (Tokenizer, bytes_read, file_of, fingerprint, header, new_parser, note, on_gpu,
                    out_of_memory, pattern_flag, run, use_device)
 
 
@@ -170,22 +169,6 @@ def measure(model, context, pattern, batch, flags):
     written = sum(layer.state.nbytes for layer in cache.layers)
     moved = read + written + sum(p.nbytes for p in model.parameters())
     return batch, min(prefills, default=math.nan), step, cache.nbytes, read, moved
-
-
-def bytes_read(cache, t):
-    """Bytes of the cache that a decoding step reads, mean over its positions t (n,)."""
-    t = t[:, None]
-    p = torch.arange(cache.max_len)
-    keys = functools.cache(lambda rule: (keys_at(rule, t, p) & (p < t)).sum().item() / len(t))
-    total = 0
-    for layer in cache.layers:
-        total += layer.state.nbytes
-        for group in layer.groups:
-            total += keys(group.rule) * 2 * group.k[:, :, :1].nbytes
-            if group.rule.topk:
-                n_blocks = (t // group.rule.block).double().mean().item()
-                total += n_blocks * group.summaries[:, :, :1].nbytes
-    return total
 
 
 def main(argv=None):

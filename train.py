@@ -39,7 +39,8 @@ from model import (PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, on_ker
                    save_checkpoint)
 
 RECIPES = {                                             # how each of model.PRESETS is pretrained
-    "laptop": dict(context=256, batch_size=16, steps=120, lr=4e-3, eval_interval=120),
+    "laptop": dict(context=256, batch_size=8, steps=150, lr=24e-3, optimizer="muon",
+                   eval_interval=150),
     "small": dict(context=2048, batch_size=32, steps=1000, lr=12e-3, optimizer="muon"),
     "base": dict(context=4096, batch_size=128, grad_accum=16, steps=5000, lr=8e-4),
     "paper-1.5b": dict(context=4096, batch_size=512, grad_accum=128, steps=47684, lr=8e-4),
@@ -284,6 +285,22 @@ def keys_at(rule, t, p):
     return keys & (p <= t)
 
 
+def bytes_read(cache, t):
+    """Bytes of the cache that a decoding step reads, mean over its positions t (n,)."""
+    t = t[:, None]
+    p = torch.arange(cache.max_len)
+    keys = functools.cache(lambda rule: (keys_at(rule, t, p) & (p < t)).sum().item() / len(t))
+    total = 0
+    for layer in cache.layers:
+        total += layer.state.nbytes
+        for group in layer.groups:
+            total += keys(group.rule) * 2 * group.k[:, :, :1].nbytes
+            if group.rule.topk:
+                n_blocks = (t // group.rule.block).double().mean().item()
+                total += n_blocks * group.summaries[:, :, :1].nbytes
+    return total
+
+
 # ---- Data: uint16 tokens in train.bin and val.bin, found in a folder or made from texts ----------
 
 class Windows:
@@ -294,7 +311,7 @@ class Windows:
         self.config = config
         self.coder = coder
         self.T = config.context
-        self.epoch = self.counts(self.T).sum()          # how many windows lie side by side
+        self.per_epoch = self.counts(self.T).sum()      # windows that lie side by side
 
     def __len__(self):
         return sum(len(tokens) for tokens, _ in self.files)
@@ -307,7 +324,7 @@ class Windows:
 
     @functools.lru_cache(2)
     def order(self, epoch):
-        return np.random.default_rng((self.config.seed, epoch)).permutation(self.epoch)
+        return np.random.default_rng((self.config.seed, epoch)).permutation(self.per_epoch)
 
     def batch(self, step):
         """idx, targets (B, T) of a training step, which follow from the seed and the step: windows
@@ -315,7 +332,7 @@ class Windows:
         does not count: another document's first token can't be known.
         """
         B = self.config.batch_size
-        places = divmod(step * B + np.arange(B), self.epoch)
+        places = divmod(step * B + np.arange(B), self.per_epoch)
         numbers = [self.order(epoch)[i] for epoch, i in zip(*places)]
         idx, targets = self.cut(numbers, self.T)
         if self.coder.eot is not None:
@@ -329,7 +346,7 @@ class Windows:
         """
         stride = 1 if all(mask is None for _, mask in self.files) else self.T
         total = self.counts(stride).sum()
-        most = min(self.config.eval_windows, self.epoch, total)
+        most = min(self.config.eval_windows, self.per_epoch, total)
         return self.cut(np.linspace(0, total - 1, most).astype(int), stride)
 
     def cut(self, numbers, stride):
@@ -915,8 +932,8 @@ def main(argv=None):
                 save(path, model, optimizers, step=step, val={}, **kept)
             report(log, log_line(record, config, config.pattern), **record)
             if stopped:
-                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, --resume "
-                                        "goes on")
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}; the same "
+                                        "command with --resume goes on")
             if due:
                 losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
                 save(path, model, optimizers, step=step, val=losses, **kept)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-import sample
 import train
 from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
 
@@ -215,7 +214,7 @@ def test_costs_are_those_of_a_real_cache(text, dtype):
     pattern = Pattern.parse(text)
     keys, *found = evaluation.costs(pattern, SHAPE, 32, dtype)
     real = RATPlus(SHAPE).to(dtype).new_cache(1, 32, pattern)
-    steps = [sample.bytes_read(real, t) for t in torch.arange(32)[:, None]]
+    steps = [train.bytes_read(real, t) for t in torch.arange(32)[:, None]]
     assert found == pytest.approx([real.nbytes / 32, np.mean(steps)])
     if "N" not in text:
         groups = range(len(pattern.rules(0)))

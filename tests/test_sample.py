@@ -11,7 +11,7 @@ import torch
 
 import sample
 from model import RATConfig, RATPlus, load_checkpoint, save_checkpoint
-from train import Tokenizer, fingerprint
+from train import Tokenizer, bytes_read, fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_a_step_reads_the_keys_of_its_pattern(pattern, keys):
     """
     model, _ = load_checkpoint("out/dense.pt")
     cache = model.new_cache(3, 40, pattern)
-    assert sample.bytes_read(cache, torch.tensor([22])) == 3 * 2 * (256 * keys + 256)
+    assert bytes_read(cache, torch.tensor([22])) == 3 * 2 * (256 * keys + 256)
     model.prefill(torch.zeros(3, 22, dtype=torch.long), cache)
     slots = sum(map(sum, cache.slots)) / sum(map(len, cache.slots))
     assert "N" in pattern or slots == keys, "the cache counts the same"
@@ -166,7 +166,7 @@ def test_decoding_goes_on_from_a_cache_that_is_filled_at_random(pattern, monkeyp
     assert cache.length == cache.seen.item() == 40
     assert all(z.std() > 0.5 for z in cache.layers[1].groups[0].tensors)
     assert (batch, nbytes) == (2, cache.nbytes) and prefill != prefill, "no prefill of two"
-    assert read == sample.bytes_read(cache, torch.tensor([36]))
+    assert read == bytes_read(cache, torch.tensor([36]))
     states = 2 * 2 * 2 * 32 * 4                                 # 2 layers, k~ and v~, 2 sequences
     assert moved == read + states + sum(p.nbytes for p in model.parameters())
 

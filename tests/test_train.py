@@ -23,7 +23,7 @@ from model import Pattern, RATConfig, RATPlus, load_checkpoint, save_checkpoint
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "official_tiny.pth"
 TINY = ("--n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --eval-windows 4 "
-        "--log-interval 1 --steps 6 --device cpu").split()
+        "--log-interval 1 --steps 6 --optimizer adamw --device cpu").split()
 EOT = 49                                                        # of the ids that tests train on
 IDS = ["--data", "bins", "--tokenizer", "ids", "--eot", EOT]
 SHAPE = RATConfig(64, 1, 2, 16)
@@ -639,14 +639,14 @@ def test_a_killed_run_goes_on_to_the_bit(capsys, flags):
         log.write('\0\0\0\n[1]\n{"loss": 1}\n{"step": 9, "los')
     os.rename("out", "moved")
     os.rename("bins", "elsewhere")
-    call(train.main, "--resume", "--out", "moved", "--steps", 12, "--data", "elsewhere")
+    call(train.main, *flags.split(), "--resume", "--out", "moved", "--steps", 12, "--data", "elsewhere")
     assert weights("moved/dense.pt").equal(weights("whole/dense.pt"))
     assert [line["step"] for line in lines("moved/dense.jsonl")] == [*range(1, 13)]
     assert losses("moved/dense.jsonl") == losses("whole/dense.jsonl")
     vals = [line["val"] for line in lines("whole/dense.jsonl", "val")]
     assert [line["val"] for line in lines("moved/dense.jsonl", "val")] == vals
     assert meta_of("moved/dense.pt")["val"] == vals[-1]
-    call(train.main, "--resume", "--out", "moved", "--steps", 12)
+    call(train.main, *flags.split(), "--resume", "--out", "moved", "--steps", 12)
     out, err = capsys.readouterr()
     assert "moved/dense.pt is complete: 12 steps" in out and "has changed" not in err
 
@@ -740,8 +740,8 @@ def test_a_signal_to_the_script_saves_and_says_how_to_go_on(read):
         err = process.stderr.read()
     step = meta_of()["step"]
     assert process.returncode == (130 if read else -signal.SIGPIPE)
-    told = f"train.py: interrupted; step {step} is saved in out/dense.pt, --resume goes on\n"
-    assert err == told * read
+    told = f"train.py: interrupted; step {step} is saved in out/dense.pt; the same command with "
+    assert err == f"{told}--resume goes on\n" * read
     call(train.main, "--resume", "--steps", step + 1)
     assert meta_of()["step"] == step + 1 == max(losses())
 
@@ -749,7 +749,7 @@ def test_a_signal_to_the_script_saves_and_says_how_to_go_on(read):
 # ---- What is inherited: presets, fine-tuning, adaptation -----------------------------------------
 
 @pytest.mark.parametrize("preset, expected", [
-    ("laptop", "4 4 128 | 256 16 1 120 120 adamw 0.004"),
+    ("laptop", "4 4 128 | 256 8 1 150 150 muon 0.024"),
     ("small", "8 8 512 | 2048 32 1 1000 250 muon 0.012"),
     ("base", "12 12 768 | 4096 128 16 5000 250 adamw 0.0008"),
     ("paper-1.5b", "24 16 2048 | 4096 512 128 47684 250 adamw 0.0008"),
@@ -835,7 +835,7 @@ def test_adaptation_resumes_by_keeping_what_is_done(dense, capsys):
     assert capsys.readouterr().err.count("has changed since the training") == 1
     before = Path("out/D4.pt").read_bytes()
     both = ("--pattern", "D4", "D8", "--steps", 2, "--data", "other", "--resume")
-    refused(adapt.main, *both[:-1], why="out/D4.pt exists: --resume goes on")
+    refused(adapt.main, *both[:-1], why="out/D4.pt exists: --resume keeps it")
     refused(adapt.main, *both, "--data", "bins", why="--data-key 480 tokens")
     for flag, value in (("--steps", 3), ("--seed", 1), ("--clip", 9.0), ("--optimizer", "muon")):
         refused(adapt.main, *both, flag, value, why=f"{flag} {value}: out/D4.pt")
