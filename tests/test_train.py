@@ -951,7 +951,8 @@ def test_two_processes_train_as_one():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_compiled_and_eager_agree_on_a_gpu(capsys):
     bins(np.arange(5000) % 40)
-    flags = ["--n-layer", 2, "--n-embd", 128, "--context", 128, "--steps", 12, "--device", "cuda"]
+    flags = ["--n-layer", 2, "--n-embd", 128, "--context", 128, "--steps", 12, "--lr", 4e-3,
+             "--device", "cuda"]
     for out in ("compile", "no-compile"):
         pretrain(*flags, "--arl", "D16", "--out", out, f"--{out}")
         assert "| peak " in capsys.readouterr().out
