@@ -39,8 +39,8 @@ from model import (PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, on_ker
                    save_checkpoint)
 
 RECIPES = {                                             # how each of model.PRESETS is pretrained
-    "laptop": dict(context=256, batch_size=8, steps=150, lr=24e-3, optimizer="muon",
-                   eval_interval=150),
+    "laptop": dict(context=256, batch_size=8, steps=200, lr=24e-3, optimizer="muon",
+                   eval_interval=200),
     "small": dict(context=2048, batch_size=32, steps=1000, lr=12e-3, optimizer="muon"),
     "base": dict(context=4096, batch_size=128, grad_accum=16, steps=5000, lr=8e-4),
     "paper-1.5b": dict(context=4096, batch_size=512, grad_accum=128, steps=47684, lr=8e-4),

@@ -749,7 +749,7 @@ def test_a_signal_to_the_script_saves_and_says_how_to_go_on(read):
 # ---- What is inherited: presets, fine-tuning, adaptation -----------------------------------------
 
 @pytest.mark.parametrize("preset, expected", [
-    ("laptop", "4 4 128 | 256 8 1 150 150 muon 0.024"),
+    ("laptop", "4 4 128 | 256 8 1 200 200 muon 0.024"),
     ("small", "8 8 512 | 2048 32 1 1000 250 muon 0.012"),
     ("base", "12 12 768 | 4096 128 16 5000 250 adamw 0.0008"),
     ("paper-1.5b", "24 16 2048 | 4096 512 128 47684 250 adamw 0.0008"),
