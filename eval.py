@@ -2,14 +2,14 @@
 What sparsity costs and saves, a row a pattern. Or benchmarks (--choices), or retrieval (--niah).
 
   loss  = mean cross-entropy on validation windows; gap = loss - loss of the same model under D1
-  keys  = keys that equation (4) allows a query, mean over positions, layers and heads
+  keys  = keys that a query may attend to, mean over positions, layers and heads
   cache = bytes of the decoding cache after a window, per token of it
   read  = bytes of it that a decoding step reads, mean over the positions of a window
-  reach = half-life of the recurrence in tokens, ln 2 / -ln a, on validation text
+  reach = half-life of the recurrence in tokens, ln 2 / -ln a of a decay a, on validation text
 
-`python eval.py` runs out/dense.pt dense, switched to other patterns, and what adapt.py left beside
-it. `--compare out out/attention` puts runs side by side, `--checkpoint out/D16.pt` runs a file
-alone. Flags that are not typed are those of the training.
+`python eval.py` runs out/dense.pt under D1, W0 and each pattern that adapt.py left a file of beside
+it, and these files. `--compare out out/attention` puts runs side by side, `--checkpoint out/D16.pt`
+runs a file alone. Flags that are not typed are those of the training.
 
 `--choices FILE.jsonl ...` scores items {"query": text, "choices": [texts], "gold": index}, one a
 line, as lm-evaluation-harness does. `query` may be a list, one a choice. Texts may be lists of ids.
@@ -181,7 +181,7 @@ def reach(row, val, config):
     for block in row.model.blocks:
         block.mix.in_proj.register_forward_hook(keep)
     idx, _ = val.spread
-    idx = idx[::-(-len(idx) // config.eval_batch)]
+    idx = idx[::max(1, len(idx) // config.eval_batch)][:config.eval_batch]
     with autocast(config):
         row.model(move(idx, config))
     cells = []
@@ -206,8 +206,9 @@ def read_item(line, coder, config):
     queries, texts, gold = item["query"], item["choices"], item["gold"]
     if not queries or isinstance(queries, str) or isinstance(queries[0], int):
         queries = [queries] * len(texts)
-    require(gold in range(len(texts)) and len(queries) == len(texts) and all(texts), "gold is not "
-            "the index of a choice, a choice is empty, or there is not one query for each")
+    right = type(texts) is list and type(gold) is int and gold in range(len(texts))
+    require(right and len(queries) == len(texts) and all(texts), "gold is not the index of one of "
+            "the choices, a choice is empty, or there is not one query for each")
     V = config.vocab_size
     choices = []
     for query, choice in zip(queries, texts):
@@ -226,8 +227,8 @@ def read_item(line, coder, config):
 
 
 def read_items(path, coder, config):
-    """The items of a file. ValueError names a bad line. What is too long for the context is cut as
-    in lm-evaluation-harness, or left out, and said.
+    """The items of a file. ValueError names a bad line. Too long for the context, a query loses its
+    front, as in lm-evaluation-harness, and an item with such a choice is left out. Both is said.
     """
     opened = {".xz": lzma.open, ".gz": gzip.open}.get(os.path.splitext(path)[1], open)
     T = config.context
@@ -267,17 +268,17 @@ def score(row, items, config):
         with autocast(config):                                  # logits where they count only
             x = row.model.hidden(move(idx[:, :-1], config), row.pattern)
             logits = row.model.head(x[move(counted, config)]).float()
-        sizes = [n for _, n in batch]
+        counts = [n for _, n in batch]
         lls = -F.cross_entropy(logits, y, reduction="none").double().cpu()
         likeliest = (logits.argmax(-1) == y).cpu()
-        for choice, ll, each in zip(batch, lls.split(sizes), likeliest.split(sizes)):
+        for choice, ll, each in zip(batch, lls.split(counts), likeliest.split(counts)):
             scores[choice] = ll.sum().item(), each.all().item()
     found = []
     for choices, sizes, gold in items:
         lls, likeliest = np.array([scores[choice] for choice in choices]).T
-        right = len(lls) > 1 or likeliest[0]
-        acc = right and lls.argmax() == gold                    # of equal ones, the first
-        norm = right and (lls / sizes).argmax() == gold
+        may_win = len(lls) > 1 or likeliest[0]
+        acc = may_win and lls.argmax() == gold                  # of equal ones, the first
+        norm = may_win and (lls / sizes).argmax() == gold
         found.append((acc, norm, lls[gold]))
         require(np.isfinite(lls).all(), f"{row.pattern} {row.weights}: a log-probability is not "
                 "finite, the weights are of no use")
@@ -377,15 +378,15 @@ def new_sample(number, task, config, encode):
     needle = form.format(key, value)
     size = len(encode(draw(needle, rng)))
     most = min(16, config.context // (3 * size)) if number >= 0 else 1
-    rounds = rng.randint(1, max(1, most))
-    n_keys = n_keys or rounds
+    n_asked = rng.randint(1, max(1, most))
+    n_keys = n_keys or n_asked
     keys = []
     while len(keys) < n_keys:
         keys = list(dict.fromkeys([*keys, draw(key, rng)]))
     pairs = [(name, draw(value, rng)) for name in keys for _ in range(n_values)]
 
     ends = []
-    asked = [[name] for name in rng.sample(keys, min(rounds, n_keys))]
+    asked = [[name] for name in rng.sample(keys, min(n_asked, n_keys))]
     for names in [keys] if task == "multiquery" else asked:
         told = ", ".join(text for name, text in pairs if name in names)
         ends += [(token, 0) for token in encode(question.format(", ".join(names)))]
@@ -408,7 +409,7 @@ def new_sample(number, task, config, encode):
 
 def write_niah(config):
     """Write train.bin and val.bin with their masks, as train.py reads them: samples one after
-    another, for validation those that `retrieval` takes.
+    another, for validation of negative numbers, as in `retrieval`.
     """
     require(not os.path.exists(config.write), f"--write {config.write} exists: name a new folder")
     encode = encoder(config)
@@ -477,6 +478,7 @@ def eval_flags():
 def main(argv=None):
     flags = eval_flags().parse_args(argv)
     require(flags.niah or not flags.write, "--write goes with --niah")
+    require((flags.samples or 1) > 0, "--samples is at least 1")
     if flags.write:
         dense = file_of("D1", flags.out)
         [path] = flags.checkpoint or [dense if os.path.exists(dense) else None]

@@ -200,6 +200,7 @@ def test_any_loss_can_be_printed(capsys, monkeypatch):
     (["--niah", "--checkpoint", OFFICIAL], "--tokenizer bytes or gpt2"),
     (["--niah", "--checkpoint", OFFICIAL, "--tokenizer", "bytes"], "a model with that vocabulary"),
     (["--niah", "--write", "text"], "text"),
+    (["--niah", "--samples", -1], "--samples is at least 1"),
     (["--niah", "--write", "new", "--tokenizer", "ids"], "--tokenizer bytes or gpt2")])
 def test_bad_flags_are_an_error_in_words(flags, why):
     refused(*flags, why=why)
@@ -346,6 +347,8 @@ BAD += map(lines_of, [
     [("a", ["b", ""], 0)],
     [("a", ["b", "c"], -1)],
     [("a", ["b", "c"], "0")],
+    [("a", ["b", "c"], True)],
+    [("a", "bc", 0)],
     [("a", ["b", [5]], 0)],
     [(["a"], ["b", "c"], 0)],
     [([1, 2.5], [[3]], 0)],

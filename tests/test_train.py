@@ -639,14 +639,15 @@ def test_a_killed_run_goes_on_to_the_bit(capsys, flags):
         log.write('\0\0\0\n[1]\n{"loss": 1}\n{"step": 9, "los')
     os.rename("out", "moved")
     os.rename("bins", "elsewhere")
-    call(train.main, *flags.split(), "--resume", "--out", "moved", "--steps", 12, "--data", "elsewhere")
+    resumed = [*flags.split(), "--resume", "--out", "moved", "--steps", 12]
+    call(train.main, *resumed, "--data", "elsewhere")
     assert weights("moved/dense.pt").equal(weights("whole/dense.pt"))
     assert [line["step"] for line in lines("moved/dense.jsonl")] == [*range(1, 13)]
     assert losses("moved/dense.jsonl") == losses("whole/dense.jsonl")
     vals = [line["val"] for line in lines("whole/dense.jsonl", "val")]
     assert [line["val"] for line in lines("moved/dense.jsonl", "val")] == vals
     assert meta_of("moved/dense.pt")["val"] == vals[-1]
-    call(train.main, *flags.split(), "--resume", "--out", "moved", "--steps", 12)
+    call(train.main, *resumed)
     out, err = capsys.readouterr()
     assert "moved/dense.pt is complete: 12 steps" in out and "has changed" not in err
 
