@@ -42,8 +42,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import Cache, Pattern, RATPlus, load_checkpoint, require
 from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte, bytes_read,
-                   bytes_per_token, evaluate, file_of, fingerprint, header, inherit,
-                   keys_per_token, load_data, move, new_parser, note, pattern_flag, run, use_device)
+                   bytes_per_token, evaluate, file_of, fingerprint, header, inherit, keys_per_token,
+                   load_data, move, new_parser, note, pattern_flag, positions, run, use_device)
 
 
 def print_row(*cells, head=False):
@@ -133,8 +133,7 @@ def open_rows(flags, argv):
 def costs(pattern, shape, T, dtype):
     """Keys per token, bytes of the cache per token, and bytes that a decoding step reads of it."""
     cache = Cache(shape, 1, T, pattern, dtype, torch.empty(0, device="meta"))   # takes no memory
-    t = torch.linspace(0, T - 1, min(T, 1024)).round().long()
-    return keys_per_token(pattern, shape, T), cache.nbytes / T, bytes_read(cache, t)
+    return keys_per_token(pattern, shape, T), cache.nbytes / T, bytes_read(cache, positions(T))
 
 
 def losses(rows, config):

@@ -261,35 +261,35 @@ def flops_per_token(model, pattern, arl, config):
     return n_updates * (6 * weights + 12 * shape.n_embd * shape.n_layer * keys)
 
 
+def positions(T):
+    """Those of a sequence of T tokens, or 1024 of them, spread evenly."""
+    return torch.linspace(0, T - 1, min(T, 1024)).round().long()
+
+
 def keys_per_token(pattern, config, T):
-    """Mean number of keys per query in a sequence of T tokens, over layers, heads, and positions,
-    of which 1024 at most are looked at, spread evenly.
-    """
-    t = torch.linspace(0, T - 1, min(T, 1024)).round().long()[:, None]
-    p = torch.arange(T)
+    """Mean number of keys per query in a sequence of T tokens, over layers, heads and positions."""
     layers = []
     for rules in pattern.layers:
-        keys = [keys_at(rule, t, p).sum().item() / len(t) for rule in rules]
-        layers.append(np.mean(keys))
+        layers.append(np.mean([mean_keys(rule, positions(T)) for rule in rules]))
     return np.mean([layers[i % len(layers)] for i in range(config.n_layer)])
 
 
-def keys_at(rule, t, p):
-    """Does a query at t attend to the key at p? Broadcasts. Any top-k blocks are as many keys, so
+def mean_keys(rule, t):
+    """Mean number of keys that queries at t (n,) attend to. Any top-k blocks are as many keys, so
     the first ones are taken.
     """
+    t = t[:, None]
+    p = torch.arange(t.max() + 1)
     keys = rule.allowed(t, p)
     if rule.topk:
         keys |= p < (rule.topk - 1) * rule.block
         keys |= p // rule.block == t // rule.block
-    return keys & (p <= t)
+    return (keys & (p <= t)).sum().item() / len(t)
 
 
 def bytes_read(cache, t):
     """Bytes of the cache that a decoding step reads, mean over its positions t (n,)."""
-    t = t[:, None]
-    p = torch.arange(cache.max_len)
-    keys = functools.cache(lambda rule: (keys_at(rule, t, p) & (p < t)).sum().item() / len(t))
+    keys = functools.cache(lambda rule: mean_keys(rule, t) - 1)     # a token's own is not there yet
     total = 0
     for layer in cache.layers:
         total += layer.state.nbytes
