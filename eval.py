@@ -180,7 +180,7 @@ def reach(row, val, config):
     for block in row.model.blocks:
         block.mix.in_proj.register_forward_hook(keep)
     idx, _ = val.spread
-    idx = idx[::max(1, len(idx) // config.eval_batch)][:config.eval_batch]
+    idx = idx[np.linspace(0, len(idx) - 1, min(len(idx), config.eval_batch)).astype(int)]
     with autocast(config):
         row.model(move(idx, config))
     cells = []
@@ -477,7 +477,7 @@ def eval_flags():
 def main(argv=None):
     flags = eval_flags().parse_args(argv)
     require(flags.niah or not flags.write, "--write goes with --niah")
-    require((flags.samples or 1) > 0, "--samples is at least 1")
+    require(flags.samples is None or flags.samples >= 1, "--samples is at least 1")
     if flags.write:
         dense = file_of("D1", flags.out)
         [path] = flags.checkpoint or [dense if os.path.exists(dense) else None]

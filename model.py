@@ -284,9 +284,7 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
 # On every path NaN is the least score, and of equal scores the earliest block is taken.
 
 def block_summaries(k_rec, block, score):
-    """What the scores read of the n whole blocks of keys: (B, H, n, Dh), or 2 Dh for minmax. A
-    block of 0 is none.
-    """
+    """What the scores read of the n whole blocks of keys: (B, H, n, Dh), or 2 Dh for minmax."""
     n = k_rec.shape[2] // block
     k = k_rec[:, :, :n * block].unflatten(2, (n, block))
     if score == "mean":

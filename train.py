@@ -845,12 +845,12 @@ def open_log(path, config, first=0):
                     "--overwrite starts anew, --out names another folder")
             os.replace(old, f"{old}.old")
         return open(log_path, "x")
-    log = open(log_path, "a+", errors="replace")
-    log.seek(0)                                 # records begin with their step; torn ones go
-    records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in log]
-    log.truncate(0)
-    log.writelines(each[0] for each in records if each and int(each[1]) <= first)
-    return log
+    with open(log_path, "a+", errors="replace") as old, open(f"{log_path}.tmp", "w") as log:
+        old.seek(0)                             # records begin with their step; torn ones go
+        records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in old]
+        log.writelines(each[0] for each in records if each and int(each[1]) <= first)
+    os.replace(log.name, log_path)
+    return open(log_path, "a")
 
 
 def report(log, text, **record):
@@ -880,7 +880,10 @@ def settle(argv):
     start = file_of(typed.pattern, typed.out) if typed.resume else typed.checkpoint
     left_out = set() if typed.resume else NOT_INHERITED | {"data_key"}
     config, model, meta = inherit(parser, argv, start, left_out)
-    if config.pattern != "D1" and not config.resume:
+    require("optimizer" in meta or not config.resume, f"{start} can't be resumed, as train.py has "
+            "not made it")
+    patterns = {config.pattern, meta.get("pattern", "D1")}
+    if patterns != {"D1"} and not config.resume:
         config.arl = typed.arl                          # that of a checkpoint is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
@@ -909,7 +912,6 @@ def main(argv=None):
     optimizers = new_optimizers(model, config)
     step = 0
     if config.resume:
-        require("optimizer" in meta, f"{path} can't be resumed, as train.py has not made it")
         step = meta["step"]
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(meta[name])
@@ -923,7 +925,7 @@ def main(argv=None):
                f"{len(train) / 1e6:.3g}M; {len(val) / 1e6:.3g}M for validation", step=step,
                config=recorded(config), torch=torch.__version__)
         if step >= config.steps:
-            print(f"{path} is complete: {step} steps")
+            print(f"{path} is complete: {step} steps, val {meta['val']}")
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]
             stopped = record.pop("stopped") and step < config.steps
@@ -932,8 +934,8 @@ def main(argv=None):
                 save(path, model, optimizers, step=step, val={}, **kept)
             report(log, log_line(record, config, config.pattern), **record)
             if stopped:
-                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}; the same "
-                                        "command with --resume goes on")
+                raise KeyboardInterrupt(f"interrupted; step {step} is saved in {path}, --out "
+                                        f"{config.out} --pattern {config.pattern} --resume goes on")
             if due:
                 losses = {str(p): evaluate(model, val, p, config) for p in (pattern, *arl)}
                 save(path, model, optimizers, step=step, val=losses, **kept)

@@ -200,7 +200,7 @@ def test_any_loss_can_be_printed(capsys, monkeypatch):
     (["--niah", "--checkpoint", OFFICIAL], "--tokenizer bytes or gpt2"),
     (["--niah", "--checkpoint", OFFICIAL, "--tokenizer", "bytes"], "a model with that vocabulary"),
     (["--niah", "--write", "text"], "text"),
-    (["--niah", "--samples", -1], "--samples is at least 1"),
+    (["--niah", "--samples", 0], "--samples is at least 1"),
     (["--niah", "--write", "new", "--tokenizer", "ids"], "--tokenizer bytes or gpt2")])
 def test_bad_flags_are_an_error_in_words(flags, why):
     refused(*flags, why=why)

@@ -652,12 +652,14 @@ def test_a_killed_run_goes_on_to_the_bit(capsys, flags):
     assert "moved/dense.pt is complete: 12 steps" in out and "has changed" not in err
 
 
-def test_weights_are_saved_before_their_validation(monkeypatch):
+def test_weights_are_saved_before_their_validation(capsys, monkeypatch):
     """A validation that is killed, or runs out of memory, loses no step."""
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train, "evaluate", lambda *args: 1 / 0)
         pretrain("--eval-interval", 4)
     assert meta_of()["step"] == 4 and meta_of()["val"] == {}
+    call(train.main, "--resume", "--steps", 4)
+    assert "out/dense.pt is complete: 4 steps, val {}" in capsys.readouterr().out
     call(train.main, "--resume")
     assert meta_of()["step"] == 6 and set(meta_of()["val"]) == {"D1", "D64"}
 
@@ -741,8 +743,9 @@ def test_a_signal_to_the_script_saves_and_says_how_to_go_on(read):
         err = process.stderr.read()
     step = meta_of()["step"]
     assert process.returncode == (130 if read else -signal.SIGPIPE)
-    told = f"train.py: interrupted; step {step} is saved in out/dense.pt; the same command with "
-    assert err == f"{told}--resume goes on\n" * read
+    told = (f"train.py: interrupted; step {step} is saved in out/dense.pt, --out out "
+            "--pattern D1 --resume goes on\n")
+    assert err == told * read
     call(train.main, "--resume", "--steps", step + 1)
     assert meta_of()["step"] == step + 1 == max(losses())
 
@@ -773,6 +776,7 @@ def test_the_pattern_of_the_main_update_names_the_checkpoint(capsys):
     assert meta["pattern"] == "D8,D2/W1" and list(meta["val"]) == ["D8,D2/W1", "D4"]
     sparse, main = losses("out/D8+D2_W1.jsonl")[1].items()
     assert (sparse[0], main[0]) == ("D4", "D8,D2/W1") and not os.path.exists("out/dense.pt")
+    assert settle("--checkpoint", "out/D8+D2_W1.pt", "--pattern", "D1").arl == ["D64"]
     assert f"| loss {main[1]:.4f} sparse {sparse[1]:.4f} |" in capsys.readouterr().out
 
 
