@@ -98,7 +98,7 @@ def rows_of(path, model, meta, config):
 def settle(path, argv):
     """(config, model, meta) of a checkpoint, whose flags are defaults; of none if path is None."""
     parser = eval_flags()
-    parser.set_defaults(tokenizer="bytes")
+    parser.set_defaults(tokenizer="bytes")              # of --write without a checkpoint
     config, model, meta = inherit(parser, argv, path, {*NOT_INHERITED, "pattern"})
     require(min(config.context, config.eval_windows, config.eval_batch) >= 1, "--context, "
             "--eval-windows and --eval-batch are at least 1")
@@ -138,7 +138,6 @@ def costs(pattern, shape, T, dtype):
 
 def losses(rows, config):
     """Print each loss at once, then the table and, with --reach, the half-lives."""
-    require(config.data, "the checkpoint does not say what it was trained on: --data is needed")
     _, val = load_data(config)
     per_byte = bytes_per_token(val)
     dtype = getattr(torch, config.dtype)

@@ -789,7 +789,8 @@ def load_checkpoint(path, device="cpu"):
     with open(path, "rb") as f, easydict:
         try:
             data = torch.load(f, map_location="cpu", weights_only=True)
-            data = data if "model" in data else from_authors(data)
+            if "model" not in data:
+                data = from_authors(data)
             with torch.device("meta"):                 # spends no memory and no random numbers
                 model = RATPlus(RATConfig(**data.pop("config")))
             model.load_state_dict(data.pop("model"), assign=True)

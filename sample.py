@@ -158,8 +158,9 @@ def measure(model, context, pattern, batch, flags):
         cache.seen.zero_()
         prefills.append(seconds(lambda: model.prefill(idx, cache), flags))
     for layer in cache.layers:                          # as if all sequences had been read
-        for z in [z for group in layer.groups for z in group.tensors]:
-            z.normal_()
+        for group in layer.groups:
+            for z in group.tensors:
+                z.normal_()
     cache.length = context
     cache.seen.fill_(context)
     steps = model.stream(idx[:, :1].expand(batch, 1), flags.tokens + 3, cache, temperature=0)

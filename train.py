@@ -268,9 +268,10 @@ def positions(T):
 
 def keys_per_token(pattern, config, T):
     """Mean number of keys per query in a sequence of T tokens, over layers, heads and positions."""
+    t = positions(T)
     layers = []
     for rules in pattern.layers:
-        layers.append(np.mean([mean_keys(rule, positions(T)) for rule in rules]))
+        layers.append(np.mean([mean_keys(rule, t) for rule in rules]))
     return np.mean([layers[i % len(layers)] for i in range(config.n_layer)])
 
 
@@ -455,7 +456,8 @@ def find_texts(source):
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited or any(name.endswith(".pt") for name in names):
-            folders[:] = names = []
+            folders.clear()
+            continue
         visited.add(real)
         folders[:] = sorted({*folders} - (SKIPPED if stdlib else set()))
         for path in sorted(os.path.join(folder, name) for name in names):

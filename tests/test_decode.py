@@ -129,14 +129,14 @@ def test_bytes_are_rows_and_the_float32_state(pattern, rows):
 
 # ---- Prefill and step ----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("seed", [*range(24), *TOPK])
-def test_decode_matches_forward(seed):
+@pytest.mark.parametrize("case", [*range(24), *TOPK])
+def test_decode_matches_forward(case):
     """Random patterns, hybrids, top-k blocks, of which the cache has summaries; random pieces."""
-    rng = random.Random(seed)
-    T = rng.randint(40, 60) if seed in TOPK else rng.randint(1, 90)
-    model = tiny(recurrence=seed in TOPK or seed % 4 > 0, seed=T)
+    rng = random.Random(case)
+    T = rng.randint(40, 60) if case in TOPK else rng.randint(1, 90)
+    model = tiny(recurrence=case in TOPK or case % 4 > 0, seed=T)
     idx = torch.randint(50, (rng.randint(1, 3), T))
-    pattern = seed if seed in TOPK else random_pattern(rng)
+    pattern = case if case in TOPK else random_pattern(rng)
     max_len = T + rng.randint(0, 50)
     assert_decodes(model, idx, pattern, random_pieces(T, rng), max_len)
     assert_decodes(model, idx, pattern, (1,) * T, max_len)
