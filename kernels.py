@@ -426,7 +426,7 @@ def same_strides(*tensors):
 
 def recurrence_forward(
         k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k_rec, v_rec (B, T, C) and the state at the end (2, B, C) float32."""
+    """model.recurrence: k_rec, v_rec (B, T, C) and the state at the end (2, B, C) float32."""
     outputs = tuple(x.new_empty(x.shape) for x in (k, v, state))
     if not idle(k):
         launch_recurrence(recurrence_forward_kernel, CHAINS, k, v, g, state, *outputs)
@@ -445,15 +445,8 @@ def recurrence_backward(
     return outputs
 
 
-run_recurrence = differentiable(
+recurrence = differentiable(
     recurrence_forward, recurrence_backward, lambda x, y: (*x, *y[:2]), grads=3)
-
-
-def recurrence(k, v, g, state=None):
-    """model.recurrence, equation (2). k, v, g: (B, T, C), any strides; state: (2, B, C) float32."""
-    if state is None:
-        state = k.new_zeros(2, len(k), k.shape[2], dtype=torch.float32)
-    return run_recurrence(k, v, g, state)
 
 
 # ---- RoPE, on queries and on recurrent keys ------------------------------------------------------
@@ -515,13 +508,10 @@ class Sizes(NamedTuple):
     sinks: int
 
 
-@jit
-def is_lasting(p, RULE):
-    """Is p a sink or on the grid? Once such a key is in the past, every later query sees it."""
-    yes = p < RULE.sinks
-    if RULE.dilation > 0:
-        yes = yes | ((p + 1) % RULE.dilation == 0)
-    return yes
+@triton.constexpr_function
+def ring(RULE):
+    """model.Rule.ring: 0 if only the query itself is near."""
+    return RULE.window
 
 
 @jit
@@ -535,6 +525,15 @@ def sees_near(t, p, ITSELF, RULE):
     """Is near_from(t) <= p < t, or <= t with ITSELF 1? Compared unsigned: t - p < 0 is huge."""
     count = (t - near_from(t, RULE) + ITSELF).to(tl.uint32, bitcast=True)
     return (t - p - 1 + ITSELF).to(tl.uint32, bitcast=True) < count
+
+
+@jit
+def is_lasting(p, RULE):
+    """Is p a sink or on the grid? Once such a key is in the past, every later query sees it."""
+    yes = p < RULE.sinks
+    if RULE.dilation > 0:
+        yes = yes | ((p + 1) % RULE.dilation == 0)
+    return yes
 
 
 @jit
@@ -665,7 +664,7 @@ def attention_forward_kernel(
     begin = start + i0
     end = start + tl.minimum(i0 + BM, T)
     q_tile = load_rows(q, b, h, i, live)                                                # (BM, BD)
-    if RULE.window > 0:
+    if ring(RULE) > 0:
         m = tl.full((BM,), LOWEST, float32)            # with -inf, a masked tile would give NaN
         l = tl.zeros((BM,), float32)
         acc = tl.zeros((BM, q.BD), float32)
@@ -680,7 +679,7 @@ def attention_forward_kernel(
     if RULE.dilation > 0:
         acc, l, m = attend(q_tile, grid_k, grid_v, b, h, t, begin, end, 0, scale, acc, l, m,
                            "grid", RULE, TMA, BN, STAGES)
-    if RULE.window > 0:
+    if ring(RULE) > 0:
         acc, l, m = attend(q_tile, near_k, near_v, b, h, t, begin, end, origin, scale, acc, l, m,
                            "near", RULE, TMA, BN, STAGES)
     store_rows(y, b, h, i, acc / l[:, None], live)
@@ -734,7 +733,7 @@ def attention_backward_q_kernel(
     own_v = load_rows(v, b, h, t, live)
     own_prob = tl.exp2(dot_pairs(q_tile, own_k) * scale - lse_t)
     own_ds = own_prob * (dot_pairs(dy_tile, own_v) - delta_t)
-    if RULE.window == 0:
+    if ring(RULE) == 0:
         mine = live & (is_lasting(t, RULE) == 0)
         store_rows(dk, b, h, t, (own_ds * factor)[:, None] * q_tile, mine)
         store_rows(dv, b, h, t, own_prob[:, None] * dy_tile, mine)
@@ -750,7 +749,7 @@ def attention_backward_q_kernel(
         v_tile = load_rows(v, b, h, p, j < n)
         sees = p[None, :] < near_from(t, RULE)[:, None]
         acc = add_dq(q_tile, k_tile, v_tile, dy_tile, sees, lse_t, delta_t, scale, acc)
-    if RULE.window > 0:
+    if ring(RULE) > 0:
         near = tl.maximum(near_from(start + i0, RULE), 0)
         for p0 in tl.range(near, end, BN, num_stages=STAGES):
             p = p0 + tl.arange(0, BN)
@@ -794,7 +793,7 @@ def attention_backward_kv_kernel(
     else:
         p = j
         live = (j < n) & (is_lasting(j, RULE) == 0)    # lasting rows are computed in vain
-        end = tl.minimum(tile * BN + BN + RULE.window, end)            # the last key's last query
+        end = tl.minimum(tile * BN + BN + ring(RULE), end)            # the last key's last query
     first = tl.maximum(tl.min(p), start)
     k_tile = load_rows(k, b, h, p, live)                                                # (BN, BD)
     v_tile = load_rows(v, b, h, p, live)
@@ -870,9 +869,9 @@ def keys_of(k, v, end, rule, BN, cache):
     grid = slice(dilation - 1, None, dilation)
     if cache:
         held = aligned(cache.k), aligned(cache.v)
-        first = rule.sinks + rule.window
+        first = rule.sinks + ring(rule)
         grid = slice(first, first + end // dilation)
-    kinds = [(near, slice(None), rule.window), (held, grid, rule.dilation),
+    kinds = [(near, slice(None), ring(rule)), (held, grid, rule.dilation),
              (held, slice(min(rule.sinks, end)), rule.sinks)]
     found = []
     for tensors, rows, size in kinds:
@@ -918,7 +917,7 @@ def attend_backward(q, k, v, y, dy, lse, delta, dq, dk, dv, rule):
                *rows_of(q, k, v, dy, dk, dv), lse, delta, *sizes, n, key_tiles, splits,
                LASTING=LASTING, SPLIT=splits > 1, RULE=rule, **tiles)
 
-    if rule.window:
+    if ring(rule):
         by_keys(end, dk, dv, False)
     sinks = min(rule.sinks, end)
     skipped = rule.sinks // rule.dilation if rule.dilation else 0      # of the grid, among sinks
@@ -1075,13 +1074,13 @@ def key_at(j, t, RULE, IN_PLACE):
     sinks = tl.minimum(RULE.sinks, far)
     near = sinks + t - far                             # the end of the window's
     at = j
-    if RULE.window > 0 or IN_PLACE:
+    if ring(RULE) > 0 or IN_PLACE:
         at = tl.where(j < sinks, j, j - sinks + (far if IN_PLACE else RULE.sinks))
     if RULE.dilation > 0:
         if IN_PLACE:
             on_grid = (j - near + 1) * RULE.dilation - 1
         else:
-            on_grid = RULE.sinks + RULE.window + j - near
+            on_grid = RULE.sinks + ring(RULE) + j - near
         at = tl.where(j < near, at, on_grid)
         if RULE.sinks > 0:
             at = tl.where((j < sinks) & ((j + 1) % RULE.dilation == 0), -1, at)
@@ -1210,12 +1209,12 @@ def decode_kernel(
             store_head(state + row_v, d, v_rec, DH)
         if t < KEPT.sinks:
             store_token(k_cache, v_cache, k_turned, v_rec, t, d, DH)
-        if KEPT.window > 0:
-            row = KEPT.sinks + t % KEPT.window
+        if ring(KEPT) > 0:
+            row = KEPT.sinks + t % ring(KEPT)
             store_token(k_cache, v_cache, k_turned, v_rec, row, d, DH)
         if KEPT.dilation > 0:
             if (t + 1) % KEPT.dilation == 0:
-                row = KEPT.sinks + KEPT.window + t // KEPT.dilation
+                row = KEPT.sinks + ring(KEPT) + t // KEPT.dilation
                 store_token(k_cache, v_cache, k_turned, v_rec, row, d, DH)
 
 
@@ -1352,7 +1351,7 @@ def decode(o, q, k, v, g, rope, cache, splits=None):
             topk = min(group.rule.topk, triton.cdiv(rows, block))
             rule = group.rule._replace(block=block, topk=topk)
             tiles = dict(BN=max(16, 32 * 128 // max(128, BD)), STAGES=3)
-            keys = topk * block + rule.window + rule.sinks
+            keys = topk * block + ring(rule) + rule.sinks
             keys += rows // rule.dilation if rule.dilation else 0
             chosen = choose(q, rope, group, cache.seen, first, rule, early)
         n = splits or split_count(B * H, keys, tiles["BN"], q.device)

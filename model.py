@@ -112,12 +112,17 @@ class Rule(NamedTuple):
         """The sizes of equation (4): dilation, window, sinks."""
         return self[:3]
 
+    @property
+    def ring(self):
+        """Within how many positions back all lie that a query sees for being near."""
+        return self.window
+
     def allowed(self, t, p):
         return allowed(t, p, *self.sizes)
 
     def dense(self, n):
         """Does each of n positions attend to all before it, whatever the data?"""
-        return self.dilation == 1 or max(self.window, self.sinks) >= n - 1
+        return self.dilation == 1 or max(self.ring, self.sinks) >= n - 1
 
 
 class Pattern(NamedTuple):
@@ -439,8 +444,8 @@ class GroupCache:
         every = Rule(dilation=1)
         self.rule = every if rule.dense(n) else rule
         self.kept = every if rule.topk else self.rule  # top-k blocks may want any position
-        dilation, window, sinks = self.kept.sizes
-        rows = sinks + window + (n // dilation if dilation else 0)
+        kept = self.kept
+        rows = kept.sinks + kept.ring + (n // kept.dilation if kept.dilation else 0)
         B, heads, _, Dh = like.shape
         self.k = like.new_zeros(B, heads, rows, Dh)
         self.v = like.new_zeros(B, heads, rows, Dh)
@@ -452,23 +457,25 @@ class GroupCache:
 
     def rows(self, p, t):
         """The rows from which a query at t reads positions p (int64), as in kernels.key_at."""
-        dilation, window, sinks = self.kept.sizes
-        grid = sinks + window + p // max(dilation, 1)
-        lasting = torch.where(on_grid(p, dilation), grid, p)
-        return torch.where(p >= t - window, sinks + p % max(window, 1), lasting)
+        kept = self.kept
+        grid = kept.sinks + kept.ring + p // max(kept.dilation, 1)
+        lasting = torch.where(on_grid(p, kept.dilation), grid, p)
+        return torch.where(p >= t - kept.ring, kept.sinks + p % max(kept.ring, 1), lasting)
 
     def store(self, k, v, start):
         """Keep what later queries may need of k, v (B, heads, T, Dh), positions from `start` on."""
-        dilation, window, sinks = self.kept.sizes
+        sinks = self.kept.sinks
+        ring = self.kept.ring
+        dilation = self.kept.dilation
         end = start + k.shape[2]
-        last = torch.arange(max(start, end - window), end, device=k.device)
+        last = torch.arange(max(start, end - ring), end, device=k.device)
         for mine, new in (self.k, k), (self.v, v):
             if start < sinks:
                 mine[:, :, start:min(end, sinks)] = new[:, :, :sinks - start]
-            if window:
-                mine.index_copy_(2, sinks + last % window, new[:, :, -len(last):])
+            if ring:
+                mine.index_copy_(2, sinks + last % ring, new[:, :, -len(last):])
             if dilation:
-                grid = mine[:, :, sinks + window:]
+                grid = mine[:, :, sinks + ring:]
                 on_it = new[:, :, -(start + 1) % dilation::dilation]
                 grid[:, :, start // dilation:end // dilation] = on_it
 
@@ -489,7 +496,7 @@ class GroupCache:
             return attend(q, k, v, self.rule, summaries)
         p = torch.arange(start, device=q.device)
         if on_kernels(q):
-            p = p[max(start - self.kept.window, 0):]   # the kernel reads the others in place
+            p = p[max(start - self.kept.ring, 0):]   # the kernel reads the others in place
         else:
             p = p[self.kept.allowed(start, p)]         # later queries see no others
         keys = k

@@ -101,12 +101,13 @@ def flex(qkv, rule):
 def recurrence_rows():
     for B, T, C in (4, 8192, 2048), (1, 65536, 2048), (32, 2048, 512):
         kvg = randn(B, T, 5 * C).split(C, dim=-1)[2:]
+        inputs = *kvg, torch.zeros(2, B, C, device="cuda")
         work = f"recurrence, B{B} T{T} C{C}"
         n = B * T * C
         peer = torch.compile(scan, dynamic=False)      # its gradient takes minutes to compile
-        yield Row(work, lambda: kernels.recurrence(*kvg), 10 * n, 0,
+        yield Row(work, lambda: kernels.recurrence(*inputs), 10 * n, 0,
                   {"associative_scan": lambda: peer(*kvg)})
-        yield Row(f"{work}, forward + backward", with_gradients(kernels.recurrence, kvg), 30 * n)
+        yield Row(f"{work}, forward + backward", with_gradients(kernels.recurrence, inputs), 30 * n)
 
 
 def forward_and_backward(work, run, inputs, forward_bytes, all_bytes, flops, peers):
