@@ -114,7 +114,7 @@ class Rule(NamedTuple):
 
     @property
     def ring(self):
-        """Within how many positions back all lie that a query sees for being near."""
+        """How many positions before a query can be near: the rows of a cache's ring."""
         return self.window
 
     def allowed(self, t, p):
