@@ -71,7 +71,8 @@ def write(path, model, flags):
 def summary(n_prompt, stamps, cache, config):
     """The last line of a text. stamps: seconds when it began, and when each token was there."""
     first = 3 if len(stamps) > 4 else 1                 # a GPU captures its graph for token 3
-    speed = (len(stamps) - 1 - first) / max(stamps[-1] - stamps[first], 1e-9)
+    spent = max(stamps[-1] - stamps[first], 1e-9)
+    speed = (len(stamps) - 1 - first) / spent
     nowhere = torch.empty(0, device="meta")             # a dense cache may not fit the memory
     dense = Cache(config, 1, cache.max_len, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
     return (f"prefill {n_prompt} tokens {1e3 * (stamps[1] - stamps[0]):.1f} ms | decode "
@@ -115,9 +116,10 @@ def seconds(call, flags):
 
 def copy_bandwidth(flags):
     """Bytes per second, read and written, of a large copy: the most that a step can hope for."""
-    x = torch.zeros(2**30 if on_gpu(flags) else 2**26, dtype=torch.uint8, device=flags.device)
+    size = 2**30 if on_gpu(flags) else 2**26
+    x = torch.zeros(size, dtype=torch.uint8, device=flags.device)
     y = torch.empty_like(x)
-    return 2 * len(x) / min(seconds(lambda: y.copy_(x), flags) for _ in range(10))
+    return 2 * size / min(seconds(lambda: y.copy_(x), flags) for _ in range(10))
 
 
 def largest_batch(cache, flags):

@@ -1,5 +1,6 @@
 """sample.py through main(argv), as a user calls it, and its arithmetic with known input."""
 import io
+import itertools
 import os
 import re
 import runpy
@@ -61,7 +62,8 @@ def test_a_text_is_what_the_model_generates_under_the_pattern(pattern, path, cap
         assert text == generated(path, "1 + 2 =", 40, pattern, seed, temperature=0.8)
         assert err == "" and "prefill 7 tokens" in last
     text, _, _ = sampled(capsys, *flags, "--top-k", 9, "--top-p", 0.7)
-    assert text == generated(path, "1 + 2 =", 40, pattern, temperature=0.8, top_k=9, top_p=0.7)
+    sampling = dict(temperature=0.8, top_k=9, top_p=0.7)
+    assert text == generated(path, "1 + 2 =", 40, pattern, **sampling)
 
 
 def test_other_weights_are_used_with_a_warning(capsys):
@@ -193,7 +195,7 @@ def test_bench_measures_each_pattern_against_dense(capsys):
     head, *lines = re.findall(r"^\| (.*) \|$", out, re.MULTILINE)
     rows = [dict(zip(head.split(" | "), line.split(" | "))) for line in lines]
     names = [(row["context"], row["pattern"], row["batch"]) for row in rows]
-    assert names == [(T, name, batch) for T in ("8", "20") for name in patterns for batch in "13"]
+    assert names == [*itertools.product(("8", "20"), patterns, "13")]
     shape = RATPlus(RATConfig(32000, 4, 4, 128))                # the laptop's
     dense = {}
     for row in rows:
