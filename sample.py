@@ -26,7 +26,7 @@ from train import (Tokenizer, bytes_read, file_of, fingerprint, header, new_pars
 
 
 def find_weights(flags):
-    """(path, model, meta) of --checkpoint, else of the pattern's own file, else of dense.pt."""
+    """(path, model) of --checkpoint, else of the pattern's own file, else of dense.pt."""
     pattern = flags.pattern[0]
     dense = file_of("D1", flags.out)
     own = file_of(pattern, flags.out)
@@ -34,44 +34,30 @@ def find_weights(flags):
     model, meta = load_checkpoint(path, flags.device)
     if path not in (flags.checkpoint, dense) and os.path.exists(dense):
         parent, about = load_checkpoint(dense)
-        parents = None, fingerprint(parent), about.get("parent")        # None: it was not adapted
-        require(meta.get("parent") in parents, f"{path} was adapted from other weights than {dense}"
-                f" holds now: run adapt.py again, or take it as it is with --checkpoint {path}")
+        require(meta.get("parent") in (None, fingerprint(parent), about.get("parent")), f"{path} "
+                f"was adapted from other weights than {dense} holds now: run adapt.py again")
     if meta["pattern"] != pattern and not flags.bench:
         note(f"warning: {path} was trained for {meta['pattern']}, not for {pattern}; see adapt.py")
-    return path, model, meta
-
-
-def seconds(call, flags):
-    """How long call() takes, the device's work included."""
-    sync = torch.cuda.synchronize if on_gpu(flags) else lambda: None
-    sync()
-    start = time.perf_counter()
-    call()
-    sync()
-    return time.perf_counter() - start
+    flags.tokenizer = flags.tokenizer or meta["tokenizer"]
+    return path, model
 
 
 # ---- Text ----------------------------------------------------------------------------------------
 
-def write(path, model, meta, flags):
+def write(path, model, flags):
     """Print a text as it is generated, then what it cost."""
-    coder = Tokenizer(flags.tokenizer or meta["tokenizer"], flags.eot)
+    coder = Tokenizer(flags.tokenizer, flags.eot)
     ids = list(map(int, coder.encode(flags.prompt)))
     V = model.config.vocab_size
     require(ids and max(ids) < V, f"--prompt: at least one token is needed, each below {V}")
-    needed = len(ids) + flags.tokens - 1                # the last token is never appended
-    max_len = flags.max_len or needed
-    require(max_len >= needed, f"--max-len {max_len}: the prompt and --tokens need {needed}")
     idx = torch.tensor([ids], device=flags.device)
+    max_len = max(flags.max_len, len(ids) + flags.tokens - 1)       # the last one is not appended
     pattern = flags.pattern[0]
     sampling = flags.temperature, flags.top_k, flags.top_p
     cache = model.new_cache(1, max_len, pattern)
-    few = min(3, flags.tokens)
-    took = seconds(lambda: list(model.stream(idx, few, cache, *sampling)), flags)
-    print(f"{path} with {pattern}, warmed up in {1e3 * took:.0f} ms\n")
-    print(flags.prompt, end=" " if coder.name == "ids" else "", flush=True)
+    list(model.stream(idx, min(3, flags.tokens), cache, *sampling))             # compiles kernels
     cache = model.new_cache(1, max_len, pattern)
+    print(f"{path} with {pattern}\n\n{flags.prompt}", end=" " * (coder.name == "ids"), flush=True)
     torch.manual_seed(flags.seed)
     stamps = [time.perf_counter()]
     for token in map(int, model.stream(idx, flags.tokens, cache, *sampling)):
@@ -85,7 +71,8 @@ def write(path, model, meta, flags):
 def summary(n_prompt, stamps, cache, config):
     """The last line of a text. stamps: seconds when it began, and when each token was there."""
     first = 3 if len(stamps) > 4 else 1                 # a GPU captures its graph for token 3
-    speed = (len(stamps) - 1 - first) / max(stamps[-1] - stamps[first], 1e-9)
+    spent = max(stamps[-1] - stamps[first], 1e-9)
+    speed = (len(stamps) - 1 - first) / spent
     nowhere = torch.empty(0, device="meta")             # a dense cache may not fit the memory
     dense = Cache(config, 1, cache.max_len, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
     return (f"prefill {n_prompt} tokens {1e3 * (stamps[1] - stamps[0]):.1f} ms | decode "
@@ -96,7 +83,9 @@ def summary(n_prompt, stamps, cache, config):
 # ---- Bench ---------------------------------------------------------------------------------------
 
 def bench(name, model, flags):
-    """Print a Markdown table: D1, the patterns, each with one sequence and the largest batch."""
+    """Print a Markdown table: D1, the patterns, each with one sequence and the largest batch. A
+    batch of 0: memory does not last for one.
+    """
     copy = copy_bandwidth(flags)
     print(f"{name}: {flags.tokens} tokens decoded greedily; a copy moves {copy / 1e9:.0f} GB/s\n\n"
           "| context | pattern | batch | prefill ms | ms per step | tok/s | of dense | cache MB "
@@ -106,23 +95,31 @@ def bench(name, model, flags):
         batch = 1
         for kind in ("one", "largest"):
             found = measure_fitting(model, context, pattern, batch, flags)
-            if not found:
-                print(f"| {context} | {pattern} | 1 | out of memory |", flush=True)
-                break
             batch, prefill, step, cache, read, moved = found
             speed = speeds[context, pattern, kind] = batch / step
-            dense = speeds.get((context, "D1", kind), math.nan)     # nan: it had no memory
+            dense = speeds[context, "D1", kind]
             print(f"| {context} | {pattern} | {batch} | {1e3 * prefill:.1f} | {1e3 * step:.3f} "
                   f"| {speed:.0f} | {speed / dense:.2f}x | {cache / 1e6:.1f} | {read / 1e6:.1f} "
                   f"| {moved / step / copy:.0%} |", flush=True)
-            batch = largest_batch(cache, flags)
+            batch = batch and largest_batch(cache, flags)
+
+
+def seconds(call, flags):
+    """How long call() takes, the device's work included."""
+    sync = torch.cuda.synchronize if on_gpu(flags) else lambda: None
+    sync()
+    start = time.perf_counter()
+    call()
+    sync()
+    return time.perf_counter() - start
 
 
 def copy_bandwidth(flags):
     """Bytes per second, read and written, of a large copy: the most that a step can hope for."""
-    x = torch.zeros(2**30 if on_gpu(flags) else 2**26, dtype=torch.uint8, device=flags.device)
+    size = 2**30 if on_gpu(flags) else 2**26
+    x = torch.zeros(size, dtype=torch.uint8, device=flags.device)
     y = torch.empty_like(x)
-    return 2 * len(x) / min(seconds(lambda: y.copy_(x), flags) for _ in range(10))
+    return 2 * size / min(seconds(lambda: y.copy_(x), flags) for _ in range(10))
 
 
 def largest_batch(cache, flags):
@@ -133,7 +130,7 @@ def largest_batch(cache, flags):
 
 
 def measure_fitting(model, context, pattern, batch, flags):
-    """`measure` of the largest batch up to `batch` for which memory lasts, or None."""
+    """`measure` of the largest batch up to `batch` for which memory lasts; nan for a batch of 0."""
     while batch:
         try:
             return measure(model, context, pattern, batch, flags)
@@ -144,6 +141,7 @@ def measure_fitting(model, context, pattern, batch, flags):
         finally:
             gc.collect()
             torch.cuda.empty_cache()                    # does nothing on a CPU
+    return 0, *[math.nan] * 5
 
 
 def measure(model, context, pattern, batch, flags):
@@ -153,7 +151,7 @@ def measure(model, context, pattern, batch, flags):
     cache = model.new_cache(batch, context + flags.tokens + 3, pattern)
     idx = torch.randint(model.config.vocab_size, (1, context), device=flags.device)
     prefills = []
-    while batch == 1 and len(prefills) < 4 and sum(prefills[1:]) < 1:      # the first compiles
+    for _ in range(3 if batch == 1 else 0):             # the first compiles
         cache.length = 0
         cache.seen.zero_()
         prefills.append(seconds(lambda: model.prefill(idx, cache), flags))
@@ -182,7 +180,7 @@ def main(argv=None):
     flag("--temperature", type=float, default=0.8, help="0: the likeliest token; default: 0.8")
     flag("--top-k", type=int, help="draw among the k likeliest tokens")
     flag("--top-p", type=float, help="draw among the fewest tokens that reach this probability")
-    flag("--max-len", type=int, help="tokens that the cache has room for; default: as needed")
+    flag("--max-len", type=int, default=0, help="room of the cache, if it is more than needed")
     flag("--tokenizer", choices=("bytes", "gpt2", "ids"), help="default: the checkpoint's")
     flag("--eot", type=int, help="end-of-text token of ids; default: none")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
@@ -192,7 +190,6 @@ def main(argv=None):
     flag("--contexts", nargs="+", type=int, default=[4096], help="of --bench: tokens in the cache")
     flag("--max-batch", type=int, help="of --bench; default: 8 on a CPU, 8192 on a GPU")
     flags = parser.parse_args(argv)
-    require(min(flags.tokens, *flags.contexts) >= 1, "--tokens and --contexts are at least 1")
     flags.pattern = flags.pattern or (["D16", "D64", "D16W256S4"] if flags.bench else ["D1"])
     use_device(flags)
     require(on_gpu(flags) or not flags.compile, "--compile is for the steps of a GPU")
@@ -202,19 +199,15 @@ def main(argv=None):
         with torch.device(flags.device):
             model = RATPlus(RATConfig(vocab_size=32000, **PRESETS[flags.preset]))
     else:
-        name, model, meta = find_weights(flags)
+        name, model = find_weights(flags)
     model.to(getattr(torch, flags.dtype))
     if flags.compile:
         torch._dynamo.config.recompile_limit = 64       # one graph for each size of batch
-        hopper = torch.cuda.get_device_capability() >= (9, 0)
         model.compile(dynamic=False, options={
             "coordinate_descent_tuning": True,          # at batch 1, Triton multiplies by weights
-            "triton.enable_pdl": hopper})               # a kernel starts while the last one ends
+            "triton.enable_pdl": torch.cuda.get_device_capability() >= (9, 0)})
     header(model, flags)
-    if flags.bench:
-        bench(name, model, flags)
-    else:
-        write(name, model, meta, flags)
+    (bench if flags.bench else write)(name, model, flags)
 
 
 if __name__ == "__main__":
