@@ -60,7 +60,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     make the host wait for the device. ValueError if a loss or the norm is not finite, or the norm
     is 0 while a loss is not: each save follows a record, so none holds weights of NaN.
     """
-    loss_fn = trainable(model, config)
+    prepare(model, config)
     intervals = config.log_interval, config.eval_interval
     groups = [group for each in optimizers.values() for group in each.param_groups]
     flops = flops_per_token(model, pattern, arl, config)
@@ -73,7 +73,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         parts = share(*batch(step), config)
         losses = {}
         for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
-            losses[str(each)], norm = update(loss_fn, optimizers, parts, each, config.clip)
+            losses[str(each)], norm = update(model, optimizers, parts, each, config)
         done = step + 1
         stopped = summed(torch.tensor(len(signals))).item() > 0
         due = not all(done % interval for interval in intervals)
@@ -107,18 +107,20 @@ def updates(step, config, pattern, arl):
     return [both[rng.integers(len(both))]] if config.one_update else both
 
 
-def update(loss_fn, optimizers, parts, pattern, clip):
+def update(model, optimizers, parts, pattern, config):
     """One update on a batch, of which `parts` is this process's share, under a pattern. Returns
     this process's part of the loss (nats per token) and the norm of the whole batch's gradient,
-    both still on the device. A clip of 0 does not clip.
+    both still on the device.
     """
     total = 0.0
-    for i, (idx, targets, weight) in enumerate(parts, 1):
-        loss_fn.require_backward_grad_sync = i == len(parts)    # DDP: exchange gradients once
-        loss = loss_fn(idx, targets, pattern) * weight
-        (loss * WORLD).backward()               # DDP averages over processes; this makes it a sum
+    for idx, targets, weight in parts:
+        with autocast(config):
+            loss = model.loss(idx, targets, pattern) * weight
+        loss.backward()
         total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(loss_fn.parameters(), clip or math.inf)
+    for p in model.parameters():
+        summed(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
     for optimizer in optimizers.values():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -152,26 +154,14 @@ def new_optimizers(model, config):
     return optimizers
 
 
-def trainable(model, config):
-    """A module (idx, targets, pattern) -> model.loss, as the flags say: dtype, compiled ..."""
+def prepare(model, config):
+    """Make the model train as the flags say."""
     model.checkpointing = config.checkpointing
     if on_gpu(config):
         torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
     if config.compile:
-        torch._dynamo.config.optimize_ddp = False       # DDP need not cut through a block's graph
         torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
         model.compile(dynamic=False)
-
-    def loss(idx, targets, pattern):
-        with autocast(config):
-            return model.loss(idx, targets, pattern)
-
-    module = torch.nn.Module()                          # which DDP wants
-    module.model = model
-    module.forward = loss
-    if WORLD > 1:
-        return torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    return module
 
 
 def autocast(config):
@@ -188,7 +178,7 @@ def move(z, config):
 
 
 # Several processes. torchrun starts the script once a GPU. Each process takes its share of a batch.
-# Gradients meet in DDP, a few numbers in `summed`. Process 0 prints and saves.
+# Gradients, and a few numbers, meet in `summed`. Process 0 prints and saves.
 
 RANK, LOCAL_RANK, WORLD = 0, 0, 1
 if dist.is_torchelastic_launched():
@@ -196,7 +186,7 @@ if dist.is_torchelastic_launched():
 
 
 def summed(values):
-    """The sum of a CPU tensor over all processes, which wait for each other."""
+    """A tensor, which becomes its sum over all processes. On a CPU they wait for each other."""
     if WORLD > 1:
         dist.all_reduce(values)
     return values

@@ -346,7 +346,7 @@ def test_compile_is_on_by_default_on_a_gpu_alone(monkeypatch, device, flags, com
     compiled = []
     monkeypatch.setattr(RATPlus, "compile", lambda model, **options: compiled.append(model))
     model = tiny_model()
-    train.trainable(model, settings(*flags, "--checkpointing"))
+    train.prepare(model, settings(*flags, "--checkpointing"))
     assert len(compiled) == compiles and model.checkpointing
 
 
