@@ -260,11 +260,12 @@ def keys_per_token(pattern, config, T):
     """Mean number of keys per query in a sequence of T tokens, over layers, heads and positions."""
     t = positions(T)
     layers = []
-    for rules in pattern.layers:
-        layers.append(np.mean([mean_keys(rule, t) for rule in rules]))
-    return np.mean([layers[i % len(layers)] for i in range(config.n_layer)])
+    for i in range(config.n_layer):
+        layers.append(np.mean([mean_keys(rule, t) for rule in pattern.rules(i)]))
+    return np.mean(layers)
 
 
+@functools.lru_cache
 def mean_keys(rule, t):
     """Mean number of keys that queries at t (n,) attend to. Any top-k blocks are as many keys, so
     the first ones are taken.
@@ -280,12 +281,12 @@ def mean_keys(rule, t):
 
 def bytes_read(cache, t):
     """Bytes of the cache that a decoding step reads, mean over its positions t (n,)."""
-    keys = functools.cache(lambda rule: mean_keys(rule, t) - 1)     # a token's own is not there yet
     total = 0
     for layer in cache.layers:
         total += layer.state.nbytes
         for group in layer.groups:
-            total += keys(group.rule) * 2 * group.k[:, :, :1].nbytes
+            keys = mean_keys(group.rule, t) - 1                 # a token's own is not there yet
+            total += keys * 2 * group.k[:, :, :1].nbytes
             if group.rule.topk:
                 n_blocks = (t // group.rule.block).double().mean().item()
                 total += n_blocks * group.summaries[:, :, :1].nbytes
@@ -344,13 +345,12 @@ class Windows:
         """idx, targets (B, T) int64 of numbered windows. A target of -100 does not count: its mask
         is not 1, or the file ends before it. ValueError for a token beyond the vocabulary.
         """
-        counts = self.counts(stride)
-        ends = counts.cumsum()
+        starts = np.append(0, self.counts(stride)).cumsum()
         idx, targets = np.full((2, len(numbers), self.T + 1), -100, np.int64)
         for i, number in enumerate(numbers):
-            file = ends.searchsorted(number, side="right")
+            file = starts.searchsorted(number, side="right") - 1
             tokens, mask = self.files[file]
-            start = (number - ends[file] + counts[file]) * stride
+            start = (number - starts[file]) * stride
             row = tokens[start:start + self.T + 1].astype(np.int64)
             require(row.max() < self.config.vocab_size, f"{tokens.filename}: token {row.max()} is "
                     f"beyond the vocabulary of {self.config.vocab_size}")
@@ -366,8 +366,8 @@ def load_data(config):
     use. Fills in config.tokenizer, config.vocab_size where it is open, and config.data_key, which
     tells these tokens from others wherever they lie. If it held another key, stderr says so.
     """
-    require(config.data, "the checkpoint does not say what it was trained on: --data is needed")
-    require(all(config.data), "--data is empty: is a variable of your shell not set?")
+    require(config.data and all(config.data), "--data is empty, or the checkpoint does not say what "
+            "it was trained on: --data is needed")
     config.data = [each if each == "stdlib" else os.path.abspath(each) for each in config.data]
     folders = [each for each in config.data if os.path.exists(os.path.join(each, "train.bin"))]
     texts = [each for each in config.data if each not in folders]
@@ -424,11 +424,9 @@ def data_key(files):
     """The number of tokens, and a hash of 64 chunks of each file, spread evenly."""
     content = hashlib.sha1()
     for tokens, mask in files:
-        last = max(0, len(tokens) - 4096)
-        for start in np.linspace(0, last, 64).astype(int):
+        for start in np.linspace(0, max(0, len(tokens) - 4096), 64).astype(int):
             content.update(tokens[start:start + 4096])
-            if mask is not None:
-                content.update(mask[start:start + 4096])
+            content.update(b"" if mask is None else mask[start:start + 4096])
     return f"{sum(len(tokens) for tokens, _ in files)} tokens {content.hexdigest()[:8]}"
 
 
@@ -437,23 +435,18 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}      
 
 def find_texts(source):
     """[(hash of the name, path)] of the files of a source, in this order. Links are followed, but a
-    file counts once. Hidden ones, and folders of checkpoints, are left out.
+    file counts once. Hidden ones, and those beside checkpoints, are left out.
     """
     stdlib = source == "stdlib"
     root = sysconfig.get_path("stdlib") if stdlib else source
     found = {root: os.path.basename(root)} if os.path.isfile(root) else {}
-    visited = set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited or any(name.endswith(".pt") for name in names):
-            folders.clear()
-            continue
-        visited.add(real)
         folders[:] = sorted({*folders} - (SKIPPED if stdlib else set()))
+        run = any(name.endswith(".pt") for name in names)
         for path in sorted(os.path.join(folder, name) for name in names):
             name = os.path.relpath(path, root)
-            hidden = re.search(r"(^|/)\.", name)
-            if os.path.isfile(path) and not hidden and name.endswith(".py" if stdlib else ""):
+            skipped = run or name.startswith(".") or "/." in name
+            if os.path.isfile(path) and not skipped and name.endswith(".py" if stdlib else ""):
                 found.setdefault(os.path.realpath(path), name)
     require(found, f"--data {source}: no such file or folder, or nothing in it")
     return sorted((hashlib.md5(os.fsencode(found[path])).hexdigest(), path) for path in found)
@@ -483,35 +476,29 @@ def tokenize(sources, tokenizer, split_on=None):
 def write_tokens(texts, coder, split_on, folder):
     """Write train.bin and val.bin: the tokens of each document, then end-of-text. One text in 20,
     by its hash, is for validation. Of fewer than 100 texts each one's last 20th is. What is not
-    UTF-8 text is left out, and said.
+    UTF-8 text is left out.
     """
     note(f"tokenizing {len(texts)} texts")
-    left_out = []
-    found = not split_on
+    n_texts = 0
+    n_documents = 0
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for name_hash, path in texts:
-            text = ""
+            text = "\0"
             with open(path, encoding="utf-8-sig", newline="") as f:     # a BOM is no text
                 with contextlib.suppress(UnicodeDecodeError):
                     text = f.read()
-            if not text or "\0" in text:
-                left_out.append(path)
+            if "\0" in text:
                 continue
-            border = len(text) * 19 // 20               # moved to white space, if there is any
-            space = max(text.rfind(" ", 0, border), text.rfind("\n", 0, border))
-            border = space if space > 0 else border
+            n_texts += 1
+            border = len(text) * 19 // 20
             if len(texts) >= 100:
                 border = 0 if int(name_hash, 16) % 20 == 0 else len(text)
-            found = found or split_on in text
             for file, part in ((train, text[:border]), (val, text[border:])):
                 for document in filter(None, part.split(split_on or "\0")):
                     coder.write(document, file)
-    note(f"tokenized: {len(texts) - len(left_out)}/{len(texts)} texts" + "".join(
-         f"; what is empty or not UTF-8 text is left out, as {path}" for path in left_out[:1]))
-    require(len(left_out) < len(texts), "--data: no UTF-8 text in it; tokens must lie in a folder "
-            "as train.bin and val.bin")
-    if not found:
-        note(f"warning: --split-on {split_on!r} is nowhere in the texts: each file is one document")
+                    n_documents += 1
+    note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; the "
+         "others are not UTF-8")
 
 
 LONG_RUN = re.compile(r"(\s{1000}|\S{10000})")              # on longer ones tiktoken is too slow
@@ -569,10 +556,9 @@ def bytes_per_token(windows):
     if windows.coder.name == "ids":
         return None
     _, targets = windows.spread
-    tokens, counts = targets[targets >= 0].unique(return_counts=True)
     with contextlib.suppress(OSError, ValueError, ImportError):         # offline, or no tiktoken
-        sizes = [len(windows.coder.bytes_of(token)) for token in tokens.tolist()]
-        return np.average(sizes, weights=counts)
+        texts = map(windows.coder.bytes_of, targets[targets >= 0].tolist())
+        return np.mean([*map(len, texts)])
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -777,9 +763,8 @@ def run(main):
     """Call main() as a script. Bad input, a missing file, a lack of memory and Ctrl-C become one
     line on stderr and a non-zero exit.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):           # closed, or a notebook's
-            stream.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
+    with contextlib.suppress(AttributeError):               # closed, or a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # a reader as `head` ends it silently
     if WORLD > 1:
@@ -825,23 +810,17 @@ def save(path, model, optimizers=None, **meta):
 
 def open_log(path, config, first=0):
     """The JSONL log beside the checkpoint `path`, open for adding. A new run creates it: files of
-    another run are refused, or with --overwrite renamed. A resumed one keeps its first records.
+    another run are refused, or with --overwrite renamed. A resumed one adds to it: of a step that
+    is there twice, the last record counts.
     """
     if RANK:
         return open(os.devnull, "w")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     log_path = path.removesuffix(".pt") + ".jsonl"
-    if not first:
-        for old in filter(os.path.exists, (path, log_path)):
-            require(config.overwrite or config.resume, f"{old} exists: --resume goes on with it, "
-                    "--overwrite starts anew, --out names another folder")
-            os.replace(old, f"{old}.old")
-        return open(log_path, "x")
-    with open(log_path, "a+", errors="replace") as old, open(f"{log_path}.tmp", "w") as log:
-        old.seek(0)                             # records begin with their step; torn ones go
-        records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in old]
-        log.writelines(each[0] for each in records if each and int(each[1]) <= first)
-    os.replace(log.name, log_path)
+    for old in filter(os.path.exists, () if first else (path, log_path)):
+        require(config.overwrite or config.resume, f"{old} exists: --resume goes on with it, "
+                "--overwrite starts anew, --out names another folder")
+        os.replace(old, f"{old}.old")
     return open(log_path, "a")
 
 
@@ -872,16 +851,11 @@ def settle(argv):
     start = file_of(typed.pattern, typed.out) if typed.resume else typed.checkpoint
     left_out = set() if typed.resume else NOT_INHERITED | {"data_key"}
     config, model, meta = inherit(parser, argv, start, left_out)
-    require("optimizer" in meta or not config.resume, f"{start} can't be resumed, as train.py has "
-            "not made it")
     patterns = {config.pattern, meta.get("pattern", "D1")}
     if patterns != {"D1"} and not config.resume:
         config.arl = typed.arl                          # that of a checkpoint is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
-    if start:
-        fixed = vars(parser.parse_args([])) if config.resume else asdict(model.config)
-        refuse_changes(start, fixed, config)
     check(config)
     return config, model, meta
 
@@ -890,8 +864,10 @@ def main(argv=None):
     config, model, meta = settle(argv)
     path = file_of(config.pattern, config.out)
     train, val = load_data(config)
-    require(not config.resume or config.data_key == meta["train"].get("data_key"), f"--resume: "
-            f"{' '.join(config.data)} holds other tokens than {path} was trained on")
+    if config.resume:
+        refuse_changes(path, meta["train"], config)
+    elif model:
+        refuse_changes(config.checkpoint, asdict(model.config), config)
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in RATConfig.__dataclass_fields__}
     model = model or RATPlus(RATConfig(**shape))
@@ -916,8 +892,6 @@ def main(argv=None):
         report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, {ratio:.2g} a parameter, of "
                f"{len(train) / 1e6:.3g}M; {len(val) / 1e6:.3g}M for validation", step=step,
                config=recorded(config), torch=torch.__version__)
-        if step >= config.steps:
-            print(f"{path} is complete: {step} steps, val {meta['val']}")
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]
             stopped = record.pop("stopped") and step < config.steps
