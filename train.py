@@ -54,14 +54,13 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     """Train for the steps first..config.steps - 1, and yield records: after the first step, at the
     log and eval intervals, and at the end. Once `signals` holds something, the step is the last.
 
-    batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update; each
-    step draws one. A record: steps done, losses {pattern: nats per token}, lr, norm of the gradient
-    before clipping, ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only these
-    make the host wait for the device. ValueError if a loss or the norm is not finite, or the norm
-    is 0 while a loss is not: each save follows a record, so none holds weights of NaN.
+    batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update. A
+    record: steps done, losses {pattern: nats per token}, lr, norm of the gradient before clipping,
+    ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only these make the host
+    wait for the device. ValueError if a loss or the norm is not finite, or the norm is 0 while a
+    loss is not: each save follows a record, so none holds weights of NaN.
     """
     prepare(model, config)
-    intervals = config.log_interval, config.eval_interval
     groups = [group for each in optimizers.values() for group in each.param_groups]
     flops = flops_per_token(model, pattern, arl, config)
     start = time.perf_counter()
@@ -70,14 +69,14 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         lr = schedule(step, config)
         for group in groups:
             group["lr"] = lr
-        parts = share(*batch(step), config)
+        idx, targets = batch(step)
         losses = {}
         for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
-            losses[str(each)], norm = update(model, optimizers, parts, each, config)
+            losses[str(each)], norm = update(model, optimizers, idx, targets, each, config)
         done = step + 1
         stopped = summed(torch.tensor(len(signals))).item() > 0
-        due = not all(done % interval for interval in intervals)
-        if not (due or stopped or step == first or done == config.steps):
+        due = 0 in (done % config.log_interval, done % config.eval_interval)
+        if not (due or stopped or done in (first + 1, config.steps)):
             continue
         values = summed(torch.stack([*losses.values()]).double().cpu()).tolist()
         losses = dict(zip(losses, values))
@@ -107,15 +106,19 @@ def updates(step, config, pattern, arl):
     return [both[rng.integers(len(both))]] if config.one_update else both
 
 
-def update(model, optimizers, parts, pattern, config):
-    """One update on a batch, of which `parts` is this process's share, under a pattern. Returns
-    this process's part of the loss (nats per token) and the norm of the whole batch's gradient,
-    both still on the device.
+def update(model, optimizers, idx, targets, pattern, config):
+    """One update on a batch (B, T) under a pattern. Each process runs its share of the batch in
+    parts. A part weighs as much as it has of the targets that count, so all losses add up to the
+    mean over the batch. Returns those of this process, and the norm of the whole gradient, both
+    still on the device.
     """
+    n = WORLD * config.grad_accum
+    n_targets = (targets != -100).sum().item()
     total = 0.0
-    for idx, targets, weight in parts:
+    for x, y in [*zip(idx.chunk(n), targets.chunk(n))][RANK::WORLD]:
+        weight = (y != -100).sum().item() / max(1, n_targets)
         with autocast(config):
-            loss = model.loss(idx, targets, pattern) * weight
+            loss = model.loss(move(x, config), move(y, config), pattern) * weight
         loss.backward()
         total = total + loss.detach()
     for p in model.parameters():
@@ -123,7 +126,7 @@ def update(model, optimizers, parts, pattern, config):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
     for optimizer in optimizers.values():
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return total, norm
 
 
@@ -190,18 +193,6 @@ def summed(values):
     if WORLD > 1:
         dist.all_reduce(values)
     return values
-
-
-def share(idx, targets, config):
-    """This process's parts of a batch, on its device: [(idx, targets, weight)]. The weight is the
-    part's share of the targets that count. So the weighted losses of all parts and processes add up
-    to the mean over the batch's targets.
-    """
-    n = WORLD * config.grad_accum
-    counts = [(y != -100).sum().item() for y in targets.chunk(n)]
-    weights = [count / max(1, sum(counts)) for count in counts]
-    parts = [*zip(idx.chunk(n), targets.chunk(n), weights)]
-    return [(move(x, config), move(y, config), weight) for x, y, weight in parts[RANK::WORLD]]
 
 
 # ---- Evaluation, and what is counted -------------------------------------------------------------
@@ -296,61 +287,56 @@ def bytes_read(cache, t):
 # ---- Data: uint16 tokens in train.bin and val.bin, found in a folder or made from texts ----------
 
 class Windows:
-    """The windows of T tokens in files, [(tokens, mask)] of `open_bin`, numbered through all."""
+    """The windows of T tokens in files, [(tokens, mask)] of `open_bin`, numbered through all. One
+    begins every `stride` tokens of a file.
+    """
 
-    def __init__(self, files, config, coder):
+    def __init__(self, files, stride, config, coder):
         self.files = files
+        self.stride = stride
         self.config = config
         self.coder = coder
         self.T = config.context
-        self.per_epoch = self.counts(self.T).sum()      # windows that lie side by side
+        # Side by side, the last one may lack its last target; at a stride of 1 all must be there.
+        last = np.array([len(tokens) - self.T - (stride == 1) for tokens, _ in files])
+        counts = np.maximum(last // stride + 1, 0)
+        self.firsts = np.append(0, counts).cumsum()     # the number of each file's first window
 
     def __len__(self):
         return sum(len(tokens) for tokens, _ in self.files)
 
-    def counts(self, stride):
-        """How many windows each file has, if one begins every `stride` tokens."""
-        # Side by side, the last one may lack its last target; at a stride of 1 all must be there.
-        last = [len(tokens) - self.T - (stride == 1) for tokens, _ in self.files]
-        return np.maximum(np.array(last) // stride + 1, 0)
-
     @functools.lru_cache(2)
     def order(self, epoch):
-        return np.random.default_rng((self.config.seed, epoch)).permutation(self.per_epoch)
+        return np.random.default_rng((self.config.seed, epoch)).permutation(self.firsts[-1])
 
     def batch(self, step):
-        """idx, targets (B, T) of a training step, which follow from the seed and the step: windows
-        side by side, as masked samples are, shuffled anew each epoch. The target after end-of-text
-        does not count: another document's first token can't be known.
+        """idx, targets (B, T) of a training step, which follow from the seed and the step: each
+        window once an epoch, in an order of its own. The target after end-of-text does not count:
+        another document's first token can't be known.
         """
         B = self.config.batch_size
-        places = divmod(step * B + np.arange(B), self.per_epoch)
-        numbers = [self.order(epoch)[i] for epoch, i in zip(*places)]
-        idx, targets = self.cut(numbers, self.T)
+        places = divmod(step * B + np.arange(B), self.firsts[-1])
+        idx, targets = self.cut([self.order(epoch)[i] for epoch, i in zip(*places)])
         if self.coder.eot is not None:
             targets = targets.masked_fill(idx == self.coder.eot, -100)
         return idx, targets
 
     @functools.cached_property
     def spread(self):
-        """idx, targets (n, T) of up to --eval-windows windows, spread evenly. With masks they lie
-        side by side, else they begin anywhere.
-        """
-        stride = 1 if all(mask is None for _, mask in self.files) else self.T
-        total = self.counts(stride).sum()
-        most = min(self.config.eval_windows, self.per_epoch, total)
-        return self.cut(np.linspace(0, total - 1, most).astype(int), stride)
+        """idx, targets (n, T) of up to --eval-windows windows, spread evenly."""
+        total = self.firsts[-1]
+        most = min(self.config.eval_windows, len(self) // self.T, total)
+        return self.cut(np.linspace(0, total - 1, most).astype(int))
 
-    def cut(self, numbers, stride):
+    def cut(self, numbers):
         """idx, targets (B, T) int64 of numbered windows. A target of -100 does not count: its mask
         is not 1, or the file ends before it. ValueError for a token beyond the vocabulary.
         """
-        starts = np.append(0, self.counts(stride)).cumsum()
         idx, targets = np.full((2, len(numbers), self.T + 1), -100, np.int64)
         for i, number in enumerate(numbers):
-            file = starts.searchsorted(number, side="right") - 1
+            file = self.firsts.searchsorted(number, side="right") - 1
             tokens, mask = self.files[file]
-            start = (number - starts[file]) * stride
+            start = (number - self.firsts[file]) * self.stride
             row = tokens[start:start + self.T + 1].astype(np.int64)
             require(row.max() < self.config.vocab_size, f"{tokens.filename}: token {row.max()} is "
                     f"beyond the vocabulary of {self.config.vocab_size}")
@@ -368,7 +354,6 @@ def load_data(config):
     """
     require(config.data and all(config.data), "--data is empty, or the checkpoint does not say what "
             "it was trained on: --data is needed")
-    config.data = [each if each == "stdlib" else os.path.abspath(each) for each in config.data]
     folders = [each for each in config.data if os.path.exists(os.path.join(each, "train.bin"))]
     texts = [each for each in config.data if each not in folders]
     config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
@@ -377,16 +362,19 @@ def load_data(config):
             "a text needs --tokenizer bytes or gpt2")
     if texts:
         folders.append(tokenize(texts, coder.name, config.split_on))
-    train = Windows([open_bin(f"{folder}/train.bin") for folder in folders], config, coder)
-    val = Windows([open_bin(f"{folder}/val.bin") for folder in folders], config, coder)
-    files = train.files + val.files
+    train = [open_bin(f"{folder}/train.bin") for folder in folders]
+    val = [open_bin(f"{folder}/val.bin") for folder in folders]
+    files = train + val
     if not config.vocab_size:
         size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
         config.vocab_size = -(-size // 64) * 64         # in 64s, which suits the matrix products
-    for windows, counts in ((train, train.counts(1)), (val, val.spread[1] != -100)):
-        path = windows.files[0][0].filename
-        require(counts.any(), f"{path}: no target counts in its {len(windows)} tokens: more than "
-                f"the --context of {config.context} are needed, or another mask")
+    masked = any(mask is not None for _, mask in val)
+    train = Windows(train, config.context, config, coder)   # side by side, as masked samples are
+    val = Windows(val, config.context if masked else 1, config, coder)
+    for windows in (train, val):
+        require((windows.spread[1] != -100).any(), f"{windows.files[0][0].filename}: no target "
+                f"counts in its {len(windows)} tokens: more than the --context of {config.context} "
+                "are needed, or another mask")
     key = data_key(files)
     if config.data_key not in (None, key):
         note(f"warning: {' '.join(config.data)} has changed since the training, or is other data: "
@@ -400,11 +388,11 @@ def open_bin(path):
     mapped from disk. mask: None, or train.mask.bin beside it, uint8, 1: a token counts as a target.
     """
     size = os.path.getsize(path)
-    require(size and size % 2 == 0, f"{path}: {size} bytes, empty or an odd number: is it cut off")
     head = np.fromfile(path, "<i4", 3).tolist()
     offset = 1024 if head and head[0] // 10000 == 2024 else 0       # llm.c's magic number: a date
-    require(not offset or head == [20240520, 1, (size - offset) // 2], f"{path}: a header of magic "
-            f"number, version and tokens {head}, which does not fit {size} bytes of uint16 tokens")
+    fits = head == [20240520, 1, (size - offset) // 2] if offset else size
+    require(fits and size % 2 == 0, f"{path}: {size} bytes, empty, an odd number, or not as many as "
+            f"a header of llm.c's magic number, version and tokens says: {head}")
     tokens = np.memmap(path, "<u2", "r", offset)
     words = tokens[:1000]
     low, high = sorted((words[::2].max(), words[1::2].max(initial=0)))
@@ -581,8 +569,7 @@ def new_parser(doc):
 def add_data_flags(parser):
     """The flags of every script that reads data."""
     flag = parser.add_argument
-    flag("--data", nargs="+", help="stdlib (Python's own source, the default), text files, folders "
-         "of texts, or folders with train.bin and val.bin")
+    flag("--data", nargs="+", help="stdlib (the default), texts, or folders of texts or .bin files")
     flag("--tokenizer", choices=("bytes", "gpt2", "ids"), help="of texts: bytes (default) or gpt2 "
          "(offline with TIKTOKEN_CACHE_DIR); of .bin files: gpt2 (default), or what they hold")
     flag("--eot", type=int, help="end-of-text token of ids; default: none")
@@ -608,8 +595,7 @@ def add_training_flags(parser):
             ("--log-interval", 10, "steps between log lines"),
             ("--eval-interval", 250, "steps between saves and validations")):
         flag(name, type=type(default), default=default, help=text)
-    flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: of the blocks' "
-         "matrices, with AdamW for the rest; it wants ten times AdamW's --lr")
+    flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: ten times the --lr")
     flag("--compile", action=SWITCH, help="torch.compile the blocks; default: on a GPU")
     flag("--checkpointing", action=SWITCH, default=False, help="less memory: compute anew")
     flag = parser.add_mutually_exclusive_group().add_argument
@@ -629,10 +615,9 @@ def train_flags():
     flag("--n-embd", type=int, help="width")
     flag("--vocab-size", type=int, help="default: the tokenizer's, rounded up to a multiple of 64")
     flag("--recurrence", action=SWITCH, default=True, help="--no-recurrence: attention only")
-    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates: each batch "
-         "draws one; none: no such update; default: D64 for a dense RAT+, else none")
-    flag("--one-update", action=SWITCH, default=False, help="each batch makes one of its two "
-         "updates, by lot: an ordinary model's FLOPs")
+    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates, of which each "
+         "batch draws one, or none; default: D64 for a dense RAT+")
+    flag("--one-update", action=SWITCH, default=False, help="one of the two updates a batch, by lot")
     flag("--pattern", type=pattern_flag, default="D1", help="of the main updates; names the file")
     flag("--checkpoint", help="weights to start a new run from")
     return parser
@@ -798,12 +783,12 @@ def fingerprint(model):
     return hashlib.md5(weights.tobytes()).hexdigest()[:8]
 
 
-def save(path, model, optimizers=None, **meta):
+def save(path, model, optimizers={}, **meta):
     """save_checkpoint of process 0, with the optimizers' states. The others wait: torchrun kills it
     soon after one of them ends.
     """
     if RANK == 0:
-        states = {name: each.state_dict() for name, each in (optimizers or {}).items()}
+        states = {name: each.state_dict() for name, each in optimizers.items()}
         save_checkpoint(path, model, **meta, **states)
     summed(torch.zeros(1))
 
@@ -909,8 +894,6 @@ def main(argv=None):
                 if per_byte:
                     bits = bits_per_byte(losses[config.pattern], per_byte)
                     text += f" | {bits:.4f} bits per byte"
-                if on_gpu(config):
-                    text += f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
                 report(log, f"step {step:04} | val {text} | saved {path}", step=step, val=losses)
 
 

@@ -499,17 +499,17 @@ def llmc(n, *header):
 @pytest.mark.parametrize("raw, why", [
     (llmc(500, 20240520, 1, 500), ""),
     (np.array([0, 1, 2, 3] * 50, "<u2").tobytes(), ""),
-    (llmc(499, 20240520, 1, 500), "magic number, version and tokens [20240520, 1, 500], which"),
+    (llmc(499, 20240520, 1, 500), "magic number, version and tokens says: [20240520, 1, 500]"),
     (llmc(500, 20240520, 2, 500), "[20240520, 2, 500]"),
     (llmc(500, 20240801, 7, 500), "[20240801, 7, 500]"),
     ((np.arange(500) % 99).astype("<u4").tobytes(), "looks like numbers of 32 bits"),
     ((np.arange(500) * 200).astype("<u4").tobytes(), "looks like numbers of 32 bits"),
     (np.random.default_rng(0).integers(0, 90, 2000, np.uint8).tobytes(), "looks like"),
     ("Il était une fois ".encode() * 20, "or text: b'Il"),
-    (b"\1\0" * 500 + b"\1", "1001 bytes, empty or an odd number"),
+    (b"\1\0" * 500 + b"\1", "1001 bytes, empty, an odd number"),
     (b"", "0 bytes, empty"),
     (b"\5\0\0\xff\7\1\x90\0" * 40, "token 65280 is beyond the vocabulary of 64"),
-    (b"\1\0" * 16, "16 tokens: more than the --context of 16 are needed")])
+    (b"\1\0" * 15, "15 tokens: more than the --context of 16 are needed")])
 def test_files_that_are_not_nanogpt_s_or_llm_c_s_are_refused_by_what_is_seen(raw, why):
     bins([3, 7, 1] * 30)
     flags = [*IDS, "--vocab-size", 64, "--overwrite"]
@@ -521,7 +521,7 @@ def test_files_that_are_not_nanogpt_s_or_llm_c_s_are_refused_by_what_is_seen(raw
         tokens = np.frombuffer(raw, "<u2")[512 if len(raw) > 1024 else 0:]
         windows = windows_of(*IDS)
         assert len(windows) == len(tokens)
-        assert windows.cut([0], 16)[0].tolist() == [tokens[:16].tolist()]
+        assert windows.cut([0])[0].tolist() == [tokens[:16].tolist()]
 
 
 def test_the_key_of_data_tells_them_from_others():
@@ -947,13 +947,12 @@ def test_two_processes_train_as_one():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_compiled_and_eager_agree_on_a_gpu(capsys):
+def test_compiled_and_eager_agree_on_a_gpu():
     bins(np.arange(5000) % 40)
     flags = ["--n-layer", 2, "--n-embd", 128, "--context", 128, "--steps", 12, "--lr", 4e-3,
              "--device", "cuda"]
     for out in ("compile", "no-compile"):
         pretrain(*flags, "--arl", "D16", "--out", out, f"--{out}")
-        assert "| peak " in capsys.readouterr().out
     compiled = losses("compile/dense.jsonl")
     for step, found in losses("no-compile/dense.jsonl").items():
         assert compiled[step] == pytest.approx(found, abs=3e-2)
