@@ -57,8 +57,8 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update. A
     record: steps done, losses {pattern: nats per token}, lr, norm of the gradient before clipping,
     ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only these make the host
-    wait for the device. ValueError if a loss or the norm is not finite, or the norm is 0 while a
-    loss is not: each save follows a record, so none holds weights of NaN.
+    wait for the device. ValueError if a loss or the norm is not finite: each save follows
+    a record, so none holds weights of NaN.
     """
     prepare(model, config)
     groups = [group for each in optimizers.values() for group in each.param_groups]
@@ -81,8 +81,8 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         values = summed(torch.stack([*losses.values()]).double().cpu()).tolist()
         losses = dict(zip(losses, values))
         norm = norm.item()                      # of the whole batch already
-        healthy = math.isfinite(sum(values) + norm) and (norm > 0 or max(values) == 0)
-        require(healthy, f"training stopped at step {done}: losses {losses}, gradient norm {norm}")
+        require(math.isfinite(sum(values) + norm), f"training stopped at step {done}: losses "
+                f"{losses}, gradient norm {norm}")
         seconds = (time.perf_counter() - start) / (done - reported)
         rate = config.batch_size * config.context / seconds
         mfu = flops * rate / peak_flops(config)
@@ -96,9 +96,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
 
 
 def updates(step, config, pattern, arl):
-    """The patterns of the updates of a step, in order: a sparse one, then the main one. With
-    --one-update it is one of the two. They follow from the seed and the step.
-    """
+    """The patterns of the updates of a step, in order. They follow from the seed and the step."""
     rng = np.random.default_rng((config.seed, step, 1))         # apart from that of the windows
     both = [pattern]
     if arl:
@@ -131,9 +129,7 @@ def update(model, optimizers, idx, targets, pattern, config):
 
 
 def schedule(step, config):
-    """The learning rate: it rises to config.lr in the `warmup` share of the steps, then falls along
-    a cosine to config.min_lr at the last step.
-    """
+    """The learning rate: a line up to config.lr, then a cosine to config.min_lr at the last."""
     ramp = int(config.warmup * config.steps)
     if step < ramp:
         return config.lr * (step + 1) / ramp
@@ -288,26 +284,22 @@ def bytes_read(cache, t):
 
 class Windows:
     """The windows of T tokens in files, [(tokens, mask)] of `open_bin`, numbered through all. One
-    begins every `stride` tokens of a file.
+    begins every `stride` tokens. Side by side (a stride of T), the last may lack its last target.
     """
 
     def __init__(self, files, stride, config, coder):
         self.files = files
-        self.stride = stride
         self.config = config
         self.coder = coder
         self.T = config.context
-        # Side by side, the last one may lack its last target; at a stride of 1 all must be there.
-        last = np.array([len(tokens) - self.T - (stride == 1) for tokens, _ in files])
-        counts = np.maximum(last // stride + 1, 0)
-        self.firsts = np.append(0, counts).cumsum()     # the number of each file's first window
-
-    def __len__(self):
-        return sum(len(tokens) for tokens, _ in self.files)
+        lasts = [len(tokens) - self.T - (stride == 1) for tokens, _ in files]
+        self.starts = [range(0, last + 1, stride) for last in lasts]
+        self.total = sum(map(len, self.starts))
+        self.n_tokens = sum(len(tokens) for tokens, _ in files)
 
     @functools.lru_cache(2)
     def order(self, epoch):
-        return np.random.default_rng((self.config.seed, epoch)).permutation(self.firsts[-1])
+        return np.random.default_rng((self.config.seed, epoch)).permutation(self.total)
 
     def batch(self, step):
         """idx, targets (B, T) of a training step, which follow from the seed and the step: each
@@ -315,7 +307,7 @@ class Windows:
         another document's first token can't be known.
         """
         B = self.config.batch_size
-        places = divmod(step * B + np.arange(B), self.firsts[-1])
+        places = divmod(step * B + np.arange(B), self.total)
         idx, targets = self.cut([self.order(epoch)[i] for epoch, i in zip(*places)])
         if self.coder.eot is not None:
             targets = targets.masked_fill(idx == self.coder.eot, -100)
@@ -324,9 +316,8 @@ class Windows:
     @functools.cached_property
     def spread(self):
         """idx, targets (n, T) of up to --eval-windows windows, spread evenly."""
-        total = self.firsts[-1]
-        most = min(self.config.eval_windows, len(self) // self.T, total)
-        return self.cut(np.linspace(0, total - 1, most).astype(int))
+        most = min(self.config.eval_windows, self.n_tokens // self.T, self.total)
+        return self.cut(np.linspace(0, self.total - 1, most).astype(int))
 
     def cut(self, numbers):
         """idx, targets (B, T) int64 of numbered windows. A target of -100 does not count: its mask
@@ -334,15 +325,17 @@ class Windows:
         """
         idx, targets = np.full((2, len(numbers), self.T + 1), -100, np.int64)
         for i, number in enumerate(numbers):
-            file = self.firsts.searchsorted(number, side="right") - 1
-            tokens, mask = self.files[file]
-            start = (number - self.firsts[file]) * self.stride
-            row = tokens[start:start + self.T + 1].astype(np.int64)
+            for (tokens, mask), starts in zip(self.files, self.starts):
+                if number < len(starts):
+                    break
+                number -= len(starts)
+            place = slice(starts[number], starts[number] + self.T + 1)
+            row = tokens[place].astype(np.int64)
             require(row.max() < self.config.vocab_size, f"{tokens.filename}: token {row.max()} is "
                     f"beyond the vocabulary of {self.config.vocab_size}")
             idx[i, :len(row)] = row
             if mask is not None:
-                row[mask[start:start + len(row)] != 1] = -100
+                row[mask[place] != 1] = -100
             targets[i, :len(row)] = row
         return torch.from_numpy(idx[:, :-1]), torch.from_numpy(targets[:, 1:])
 
@@ -352,8 +345,8 @@ def load_data(config):
     use. Fills in config.tokenizer, config.vocab_size where it is open, and config.data_key, which
     tells these tokens from others wherever they lie. If it held another key, stderr says so.
     """
-    require(config.data and all(config.data), "--data is empty, or the checkpoint does not say what "
-            "it was trained on: --data is needed")
+    require(config.data and all(config.data), "--data is empty, or the checkpoint does not say "
+            "what it was trained on: --data is needed")
     folders = [each for each in config.data if os.path.exists(os.path.join(each, "train.bin"))]
     texts = [each for each in config.data if each not in folders]
     config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
@@ -373,8 +366,8 @@ def load_data(config):
     val = Windows(val, config.context if masked else 1, config, coder)
     for windows in (train, val):
         require((windows.spread[1] != -100).any(), f"{windows.files[0][0].filename}: no target "
-                f"counts in its {len(windows)} tokens: more than the --context of {config.context} "
-                "are needed, or another mask")
+                f"counts in its {windows.n_tokens} tokens: more than the --context of "
+                f"{config.context} are needed, or another mask")
     key = data_key(files)
     if config.data_key not in (None, key):
         note(f"warning: {' '.join(config.data)} has changed since the training, or is other data: "
@@ -391,8 +384,8 @@ def open_bin(path):
     head = np.fromfile(path, "<i4", 3).tolist()
     offset = 1024 if head and head[0] // 10000 == 2024 else 0       # llm.c's magic number: a date
     fits = head == [20240520, 1, (size - offset) // 2] if offset else size
-    require(fits and size % 2 == 0, f"{path}: {size} bytes, empty, an odd number, or not as many as "
-            f"a header of llm.c's magic number, version and tokens says: {head}")
+    require(fits and size % 2 == 0, f"{path}: {size} bytes, empty, an odd number, or not as many "
+            f"as a header of llm.c's magic number, version and tokens says: {head}")
     tokens = np.memmap(path, "<u2", "r", offset)
     words = tokens[:1000]
     low, high = sorted((words[::2].max(), words[1::2].max(initial=0)))
@@ -615,9 +608,9 @@ def train_flags():
     flag("--n-embd", type=int, help="width")
     flag("--vocab-size", type=int, help="default: the tokenizer's, rounded up to a multiple of 64")
     flag("--recurrence", action=SWITCH, default=True, help="--no-recurrence: attention only")
-    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates, of which each "
+    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates, of which a "
          "batch draws one, or none; default: D64 for a dense RAT+")
-    flag("--one-update", action=SWITCH, default=False, help="one of the two updates a batch, by lot")
+    flag("--one-update", action=SWITCH, default=False, help="by lot one of a batch's two updates")
     flag("--pattern", type=pattern_flag, default="D1", help="of the main updates; names the file")
     flag("--checkpoint", help="weights to start a new run from")
     return parser
@@ -875,7 +868,7 @@ def main(argv=None):
     signals = catch_signals()
     with open_log(path, config, step) as log:
         report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, {ratio:.2g} a parameter, of "
-               f"{len(train) / 1e6:.3g}M; {len(val) / 1e6:.3g}M for validation", step=step,
+               f"{train.n_tokens / 1e6:.3g}M; {val.n_tokens / 1e6:.3g}M for validation", step=step,
                config=recorded(config), torch=torch.__version__)
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]

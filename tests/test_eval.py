@@ -435,7 +435,7 @@ def test_data_for_fine_tuning_are_samples_one_after_another():
     encode = evaluation.encoder(config)
     seen = set()
     for windows, numbers in zip(train.load_data(config), (range(40), range(-2, 0))):
-        assert len(windows) == 300 * len(numbers)
+        assert windows.n_tokens == 300 * len(numbers)
         for number, idx, targets in zip(numbers, *windows.cut(range(len(numbers)))):
             task = [*evaluation.TASKS][number % 8]
             sample = evaluation.new_sample(number, task, config, encode).astype(int)

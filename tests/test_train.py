@@ -520,7 +520,7 @@ def test_files_that_are_not_nanogpt_s_or_llm_c_s_are_refused_by_what_is_seen(raw
     else:
         tokens = np.frombuffer(raw, "<u2")[512 if len(raw) > 1024 else 0:]
         windows = windows_of(*IDS)
-        assert len(windows) == len(tokens)
+        assert windows.n_tokens == len(tokens)
         assert windows.cut([0])[0].tolist() == [tokens[:16].tolist()]
 
 
