@@ -284,7 +284,7 @@ def bytes_read(cache, t):
 
 class Windows:
     """The windows of T tokens in files, [(tokens, mask)] of `open_bin`, numbered through all. One
-    begins every `stride` tokens. Side by side (a stride of T), the last may lack its last target.
+    begins every `stride` tokens. Side by side, the last may lack its last target.
     """
 
     def __init__(self, files, stride, config, coder):
@@ -351,8 +351,6 @@ def load_data(config):
     texts = [each for each in config.data if each not in folders]
     config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
     coder = Tokenizer(config.tokenizer, config.eot)
-    require(coder.size or not texts, f"--data {' '.join(texts)}: there is no train.bin in it, and "
-            "a text needs --tokenizer bytes or gpt2")
     if texts:
         folders.append(tokenize(texts, coder.name, config.split_on))
     train = [open_bin(f"{folder}/train.bin") for folder in folders]
@@ -411,18 +409,16 @@ def data_key(files):
     return f"{sum(len(tokens) for tokens, _ in files)} tokens {content.hexdigest()[:8]}"
 
 
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}      # of the stdlib
-
-
 def find_texts(source):
     """[(hash of the name, path)] of the files of a source, in this order. Links are followed, but a
     file counts once. Hidden ones, and those beside checkpoints, are left out.
     """
     stdlib = source == "stdlib"
     root = sysconfig.get_path("stdlib") if stdlib else source
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"} if stdlib else set()
     found = {root: os.path.basename(root)} if os.path.isfile(root) else {}
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted({*folders} - (SKIPPED if stdlib else set()))
+        folders[:] = sorted({*folders} - left_out)
         run = any(name.endswith(".pt") for name in names)
         for path in sorted(os.path.join(folder, name) for name in names):
             name = os.path.relpath(path, root)
@@ -482,13 +478,8 @@ def write_tokens(texts, coder, split_on, folder):
          "others are not UTF-8")
 
 
-LONG_RUN = re.compile(r"(\s{1000}|\S{10000})")              # on longer ones tiktoken is too slow
-
-
 class Tokenizer:
-    """Text <-> token ids. bytes: UTF-8, 257 tokens; gpt2: tiktoken's BPE, 50257; ids: numbers, of
-    which `eot` ends a text, if any does.
-    """
+    """Text <-> token ids: UTF-8 bytes, GPT-2's BPE, or numbers, of which `eot` may end a text."""
 
     def __init__(self, name, eot=None):
         sizes = {"bytes": (257, 256), "gpt2": (50257, 50256), "ids": (None, eot)}
@@ -507,7 +498,7 @@ class Tokenizer:
         if self.name == "bytes":
             return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
         if self.name == "gpt2":
-            parts = LONG_RUN.split(text)
+            parts = re.split(r"(\s{1000}|\S{10000})", text)         # tiktoken fails on long runs
             return [token for part in parts for token in self.bpe.encode_ordinary(part)]
         require(re.fullmatch(r"[0-9\s]*", text), "no tokenizer for this vocabulary: write token "
                 f"ids, like '1 15043', not {text[:40]!r}")
@@ -671,8 +662,8 @@ def recorded(config):
 
 def refuse_changes(path, saved, config, free=MAY_DIFFER):
     """ValueError if a flag is not what the checkpoint at `path` has for it."""
-    for name, value in saved.items():
-        mine = getattr(config, name)
+    for name, mine in vars(config).items():
+        value = saved.get(name, mine)
         require(name in free or mine == value, f"--{name.replace('_', '-')} {mine}: {path} has "
                 f"{value}, and what changes the result can't differ")
 
@@ -738,9 +729,7 @@ def out_of_memory(error):
 
 
 def run(main):
-    """Call main() as a script. Bad input, a missing file, a lack of memory and Ctrl-C become one
-    line on stderr and a non-zero exit.
-    """
+    """Call main() as a script. Bad input, a lack of memory and Ctrl-C end it with one line."""
     with contextlib.suppress(AttributeError):               # closed, or a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
     if hasattr(signal, "SIGPIPE"):
@@ -777,9 +766,7 @@ def fingerprint(model):
 
 
 def save(path, model, optimizers={}, **meta):
-    """save_checkpoint of process 0, with the optimizers' states. The others wait: torchrun kills it
-    soon after one of them ends.
-    """
+    """Save in process 0. The others wait: torchrun kills it soon after one of them ends."""
     if RANK == 0:
         states = {name: each.state_dict() for name, each in optimizers.items()}
         save_checkpoint(path, model, **meta, **states)
@@ -799,7 +786,7 @@ def open_log(path, config, first=0):
         require(config.overwrite or config.resume, f"{old} exists: --resume goes on with it, "
                 "--overwrite starts anew, --out names another folder")
         os.replace(old, f"{old}.old")
-    return open(log_path, "a")
+    return open(log_path, "a" if first else "x")
 
 
 def report(log, text, **record):
