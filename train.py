@@ -57,8 +57,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update. A
     record: steps done, losses {pattern: nats per token}, lr, norm of the gradient before clipping,
     ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only these make the host
-    wait for the device. ValueError if a loss or the norm is not finite: each save follows
-    a record, so none holds weights of NaN.
+    wait for the device. ValueError if one is not finite, so none is saved with weights of NaN.
     """
     prepare(model, config)
     groups = [group for each in optimizers.values() for group in each.param_groups]
@@ -105,10 +104,9 @@ def updates(step, config, pattern, arl):
 
 
 def update(model, optimizers, idx, targets, pattern, config):
-    """One update on a batch (B, T) under a pattern. Each process runs its share of the batch in
-    parts. A part weighs as much as it has of the targets that count, so all losses add up to the
-    mean over the batch. Returns those of this process, and the norm of the whole gradient, both
-    still on the device.
+    """One update on a batch (B, T) under a pattern. A process runs its share of it in parts. A part
+    weighs as much as it has of the targets that count, so all losses add up to the batch's mean.
+    Returns the sum of this process, and the norm of the whole gradient, both still on the device.
     """
     n = WORLD * config.grad_accum
     n_targets = (targets != -100).sum().item()
@@ -138,9 +136,8 @@ def schedule(step, config):
 
 
 def new_optimizers(model, config):
-    """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it, or with
-    --optimizer muon the embedding and the norms. Muon takes the matrices of the blocks, scaled so
-    that both can share a learning rate.
+    """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it. But Muon
+    takes the matrices of the blocks, scaled so that both can share a learning rate.
     """
     muon = config.optimizer == "muon"
     mine = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
@@ -165,8 +162,7 @@ def prepare(model, config):
 
 def autocast(config):
     """A context in which models compute in the dtype of the flags. Their weights stay float32."""
-    kind = torch.device(config.device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    return torch.autocast(config.device.split(":")[0], torch.bfloat16, config.dtype == "bfloat16")
 
 
 def move(z, config):
@@ -213,12 +209,11 @@ def bits_per_byte(loss, bytes_per_token):
     return loss / math.log(2) / bytes_per_token
 
 
-PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090": 71}
-# dense bfloat16 TFLOP/s, from the vendor's data sheets
+PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090": 71}   # TFLOP/s
 
 
 def peak_flops(config):
-    """FLOP/s of all devices together. Infinite for unknown cards: their MFU is then not shown."""
+    """FLOP/s of all devices in dense bfloat16; infinite for unknown cards, to show no MFU."""
     used = config.dtype == "bfloat16" and on_gpu(config)
     name = torch.cuda.get_device_name() if used else ""
     known = [PEAKS[card] for card in PEAKS if card in name]
@@ -309,9 +304,7 @@ class Windows:
         B = self.config.batch_size
         places = divmod(step * B + np.arange(B), self.total)
         idx, targets = self.cut([self.order(epoch)[i] for epoch, i in zip(*places)])
-        if self.coder.eot is not None:
-            targets = targets.masked_fill(idx == self.coder.eot, -100)
-        return idx, targets
+        return idx, targets.masked_fill(idx == self.coder.eot, -100)
 
     @functools.cached_property
     def spread(self):
@@ -341,9 +334,9 @@ class Windows:
 
 
 def load_data(config):
-    """(train, val): the Windows of config.data. ValueError or OSError if they are missing or of no
-    use. Fills in config.tokenizer, config.vocab_size where it is open, and config.data_key, which
-    tells these tokens from others wherever they lie. If it held another key, stderr says so.
+    """(train, val): the Windows of config.data. Fills in the tokenizer and the vocabulary's size if
+    they are open, and data_key, which tells these tokens from others wherever they lie. If it held
+    another key, stderr says so.
     """
     require(config.data and all(config.data), "--data is empty, or the checkpoint does not say "
             "what it was trained on: --data is needed")
@@ -482,7 +475,8 @@ class Tokenizer:
     """Text <-> token ids: UTF-8 bytes, GPT-2's BPE, or numbers, of which `eot` may end a text."""
 
     def __init__(self, name, eot=None):
-        sizes = {"bytes": (257, 256), "gpt2": (50257, 50256), "ids": (None, eot)}
+        ids = (None, -1 if eot is None else eot)            # -1: nothing ends a text
+        sizes = {"bytes": (257, 256), "gpt2": (50257, 50256), "ids": ids}
         self.name = name
         self.size, self.eot = sizes[name]
         require(eot in (None, self.eot), f"--eot {eot}: end-of-text of {name} is {self.eot}")
@@ -511,8 +505,8 @@ class Tokenizer:
         np.array([self.eot], "<u2").tofile(file)
 
     def bytes_of(self, token):
-        """The bytes of text that a token stands for: none for end-of-text and unused tokens."""
-        if token >= self.eot:
+        """The bytes of text that a token stands for, if any."""
+        if self.name == "ids" or token >= self.eot:
             return b""
         return bytes([token]) if self.name == "bytes" else self.bpe.decode_single_token_bytes(token)
 
@@ -524,9 +518,7 @@ class Tokenizer:
 
 
 def bytes_per_token(windows):
-    """Mean bytes of text of a validation target; None of ids, and if tiktoken has no vocabulary."""
-    if windows.coder.name == "ids":
-        return None
+    """Mean bytes of text of a validation target; 0 of ids, None if tiktoken has no vocabulary."""
     _, targets = windows.spread
     with contextlib.suppress(OSError, ValueError, ImportError):         # offline, or no tiktoken
         texts = map(windows.coder.bytes_of, targets[targets >= 0].tolist())
@@ -622,9 +614,9 @@ def check(config):
             least = 1 if type(value) is int and name != "seed" else 0
             flag = name.replace("_", "-")
             require(least <= value < math.inf, f"--{flag} {value}: at least {least} is needed")
-    n = WORLD * config.grad_accum
-    require(config.batch_size % n == 0, f"--batch-size {config.batch_size} does not split into "
-            f"--grad-accum {config.grad_accum} x {WORLD} processes")
+    require(config.batch_size % (WORLD * config.grad_accum) == 0, "--batch-size "
+            f"{config.batch_size} does not split into --grad-accum {config.grad_accum} x {WORLD} "
+            "processes")
     require(config.warmup <= 1, f"--warmup {config.warmup:g}: it is a share of the steps, 0 to 1")
     require(config.min_lr <= config.lr, f"--min-lr {config.min_lr:g} is above --lr {config.lr:g}")
     use_device(config)
@@ -774,9 +766,8 @@ def save(path, model, optimizers={}, **meta):
 
 
 def open_log(path, config, first=0):
-    """The JSONL log beside the checkpoint `path`, open for adding. A new run creates it: files of
-    another run are refused, or with --overwrite renamed. A resumed one adds to it: of a step that
-    is there twice, the last record counts.
+    """The JSONL log beside the checkpoint `path`. A new run refuses files of another one, or with
+    --overwrite renames them. A resumed one adds to the log: the last record of a step counts.
     """
     if RANK:
         return open(os.devnull, "w")
@@ -816,8 +807,7 @@ def settle(argv):
     start = file_of(typed.pattern, typed.out) if typed.resume else typed.checkpoint
     left_out = set() if typed.resume else NOT_INHERITED | {"data_key"}
     config, model, meta = inherit(parser, argv, start, left_out)
-    patterns = {config.pattern, meta.get("pattern", "D1")}
-    if patterns != {"D1"} and not config.resume:
+    if not config.resume and {config.pattern, meta.get("pattern", "D1")} != {"D1"}:
         config.arl = typed.arl                          # that of a checkpoint is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
@@ -831,11 +821,10 @@ def main(argv=None):
     train, val = load_data(config)
     if config.resume:
         refuse_changes(path, meta["train"], config)
-    elif model:
-        refuse_changes(config.checkpoint, asdict(model.config), config)
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in RATConfig.__dataclass_fields__}
     model = model or RATPlus(RATConfig(**shape))
+    refuse_changes(config.checkpoint, asdict(model.config), config)
     model.to(config.device)
     pattern = Pattern.parse(config.pattern).check(model.config)
     arl = [Pattern.parse(name).check(model.config) for name in config.arl if name != "none"]

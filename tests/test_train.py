@@ -475,8 +475,8 @@ def test_only_targets_that_a_mask_names_count():
 
 
 @pytest.mark.parametrize("flags, expected, n_bytes", [
-    ("", ("gpt2", 50256, 50304), 2), ("--tokenizer ids", ("ids", None, 320), None),
-    ("--tokenizer ids --eot 3", ("ids", 3, 320), None),
+    ("", ("gpt2", 50256, 50304), 2), ("--tokenizer ids", ("ids", -1, 320), 0),
+    ("--tokenizer ids --eot 99", ("ids", 99, 320), 0),
     ("--tokenizer bytes", ("bytes", 256, 320), 2 / 3)])
 def test_bins_are_gpt2_s_unless_a_flag_says_what_they_are(monkeypatch, flags, expected, n_bytes):
     """And that text's bytes are those of a token of the targets."""
