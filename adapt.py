@@ -32,8 +32,7 @@ def settle(argv):
     path = config.checkpoint or file_of("D1", config.out)
     config, model, meta = inherit(parser, argv, path, {*NOT_INHERITED, "pattern", "optimizer"})
     lr = min(config.lr / 10, 5e-4)                      # Muon's rates are too high for AdamW
-    parser.set_defaults(steps=max(40, config.steps // 100), lr=lr, min_lr=min(lr, config.min_lr),
-                        warmup=0.0)
+    parser.set_defaults(steps=max(40, config.steps // 100), lr=lr, warmup=0.0)
     config = parser.parse_args(argv)
     check(config)
     return config, model, meta

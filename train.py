@@ -132,7 +132,8 @@ def schedule(step, config):
     if step < ramp:
         return config.lr * (step + 1) / ramp
     turn = math.pi * (step - ramp) / max(1, config.steps - ramp - 1)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(turn)) / 2
+    low = min(config.lr, config.min_lr)
+    return low + (config.lr - low) * (1 + math.cos(turn)) / 2
 
 
 def new_optimizers(model, config):
@@ -287,10 +288,10 @@ class Windows:
         self.config = config
         self.coder = coder
         self.T = config.context
-        lasts = [len(tokens) - self.T - (stride == 1) for tokens, _ in files]
-        self.starts = [range(0, last + 1, stride) for last in lasts]
+        sizes = [len(tokens) for tokens, _ in files]
+        self.starts = [range(0, size - self.T + (stride > 1), stride) for size in sizes]
         self.total = sum(map(len, self.starts))
-        self.n_tokens = sum(len(tokens) for tokens, _ in files)
+        self.n_tokens = sum(sizes)
 
     @functools.lru_cache(2)
     def order(self, epoch):
@@ -454,9 +455,8 @@ def write_tokens(texts, coder, split_on, folder):
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for name_hash, path in texts:
             text = "\0"
-            with open(path, encoding="utf-8-sig", newline="") as f:     # a BOM is no text
-                with contextlib.suppress(UnicodeDecodeError):
-                    text = f.read()
+            with open(path, "rb") as f, contextlib.suppress(UnicodeDecodeError):
+                text = f.read().decode("utf-8-sig")     # a byte order mark is no text
             if "\0" in text:
                 continue
             n_texts += 1
@@ -564,7 +564,7 @@ def add_training_flags(parser):
             ("--grad-accum", 1, "parts of a process's share that run one by one"),
             ("--steps", 1000, "batches to train on"),
             ("--lr", 1e-3, "peak learning rate"),
-            ("--min-lr", 1e-6, "learning rate of the last step"),
+            ("--min-lr", 1e-6, "learning rate of the last step, if --lr is above"),
             ("--warmup", 0.05, "share of the steps in which the rate rises"),
             ("--weight-decay", 0.1, "on all parameters"),
             ("--clip", 1.0, "largest gradient norm, 0 for no limit"),
@@ -618,7 +618,6 @@ def check(config):
             f"{config.batch_size} does not split into --grad-accum {config.grad_accum} x {WORLD} "
             "processes")
     require(config.warmup <= 1, f"--warmup {config.warmup:g}: it is a share of the steps, 0 to 1")
-    require(config.min_lr <= config.lr, f"--min-lr {config.min_lr:g} is above --lr {config.lr:g}")
     use_device(config)
     if config.compile is None:
         config.compile = on_gpu(config)
@@ -628,8 +627,7 @@ OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what check
 NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # by what starts from a checkpoint
 MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
               "checkpointing", *OF_A_CALL}
-# What --resume may change: the data's place, not their key; steps, which stretch the schedule of
-# the learning rate; and what changes the result by rounding at most.
+# What --resume may change: the data's place, how many steps, and what is rounding at most.
 
 
 def inherit(parser, argv, path, left_out):
@@ -753,8 +751,7 @@ def file_of(pattern, out):
 
 def fingerprint(model):
     """Eight hex digits that tell weights from others; checkpoints name their first parent so."""
-    weights = model.embed.weight.detach().float().cpu().numpy()
-    return hashlib.md5(weights.tobytes()).hexdigest()[:8]
+    return hashlib.md5(model.embed.weight.detach().float().cpu().numpy()).hexdigest()[:8]
 
 
 def save(path, model, optimizers={}, **meta):
