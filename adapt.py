@@ -7,16 +7,15 @@ Resolution adaptation: a dense checkpoint becomes a sparse one for each pattern.
 Only the pattern P is trained: no ARL. The paper spends 1 % of the pretraining tokens on it.
 
 `python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. A flag
-that is not typed has the value of the pretraining, but for --steps (a hundredth of its steps, at
-least 40), --lr (a tenth of its rate, at most 5e-4), --warmup (none), --optimizer (adamw), --seed
-and --dtype.
+that is not typed has the value of the pretraining, but for --steps (a hundredth, at least 40), --lr
+(a tenth, at most 5e-4), --warmup (none), --optimizer (adamw), --seed and --dtype.
 """
 import copy
 import os
 
 from model import Pattern, load_checkpoint
 from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, catch_signals,
-                   check, evaluate, file_of, fingerprint, fit, header, inherit, load_data,
+                   check_training, evaluate, file_of, fingerprint, fit, header, inherit, load_data,
                    log_line, new_optimizers, new_parser, open_log, pattern_flag, recorded,
                    refuse_changes, report, require, run, save)
 
@@ -31,13 +30,11 @@ def settle(argv):
                         help="the patterns, each adapted from the dense checkpoint")
     config = parser.parse_args(argv)
     path = config.checkpoint or file_of("D1", config.out)
-    left_out = {*NOT_INHERITED, "pattern", "optimizer", "one_update"}
-    _, model, meta = inherit(parser, argv, path, left_out)
-    steps, lr, min_lr = map(parser.get_default, ("steps", "lr", "min_lr"))
-    lr = min(lr / 10, 5e-4)                             # Muon's rates are too high for AdamW
-    parser.set_defaults(steps=max(40, steps // 100), lr=lr, min_lr=min(lr, min_lr), warmup=0.0)
+    config, model, meta = inherit(parser, argv, path, {*NOT_INHERITED, "pattern", "optimizer"})
+    lr = min(config.lr / 10, 5e-4)                      # Muon's rates are too high for AdamW
+    parser.set_defaults(steps=max(40, config.steps // 100), lr=lr, warmup=0.0)
     config = parser.parse_args(argv)
-    check(config)
+    check_training(config)
     return config, model, meta
 
 

@@ -40,9 +40,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import Cache, Pattern, load_checkpoint, require
-from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte, bytes_read,
-                   bytes_per_token, evaluate, file_of, fingerprint, header, inherit, keys_per_token,
-                   load_data, move, new_parser, note, pattern_flag, positions, run, use_device)
+from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte,
+                   bytes_per_token, bytes_read, check, evaluate, file_of, fingerprint, header,
+                   inherit, keys_per_token, load_data, move, new_parser, note, pattern_flag,
+                   positions, run)
 
 
 LABEL = ["pattern", "weights", "model"]                     # the first columns of a table
@@ -67,7 +68,7 @@ def open_rows(paths, flags, argv):
     rows = []
     for path in paths:
         config, model, meta = inherit(eval_flags(), argv, path, NOT_DEFAULTS)
-        use_device(config)
+        check(config)
         mine = {name: getattr(config, name) for name in same}
         first = first or mine
         require(mine == first, f"{path} can't be compared with {paths[0]}: {mine}, not {first}")
@@ -183,7 +184,7 @@ def read_item(line, coder, config):
         before = [*map(int, coder.encode(query.rstrip()))]
         after = [*map(int, coder.encode(query + " " + text))][len(before):]
         tokens = (before or [coder.eot]) + after
-        require(None not in tokens and max(tokens) < config.vocab_size, "a token is none of the "
+        require(min(tokens) >= 0 and max(tokens) < config.vocab_size, "a token is none of the "
                 "model's, or the query is empty and --eot not given")
         tokens = tuple(tokens[-config.context - 1:])
         choices.append((tokens, len(tokens) - len(after), len(text)))

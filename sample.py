@@ -21,8 +21,8 @@ from itertools import islice, product
 import torch
 
 from model import PRESETS, Cache, Pattern, RATConfig, RATPlus, load_checkpoint, require
-from train import (Tokenizer, bytes_read, file_of, fingerprint, header, new_parser, note, on_gpu,
-                   out_of_memory, pattern_flag, run, use_device)
+from train import (Tokenizer, bytes_read, check, file_of, fingerprint, header, new_parser, note,
+                   on_gpu, out_of_memory, pattern_flag, run)
 
 
 def find_weights(flags):
@@ -51,7 +51,8 @@ def write(path, model, flags):
     V = model.config.vocab_size
     require(ids and max(ids) < V, f"--prompt: at least one token is needed, each below {V}")
     idx = torch.tensor([ids], device=flags.device)
-    max_len = max(flags.max_len, len(ids) + flags.tokens - 1)       # the last one is not appended
+    needed = len(ids) + flags.tokens - 1                # the last one is not appended
+    max_len = max(flags.max_len or 0, needed)
     pattern = flags.pattern[0]
     sampling = flags.temperature, flags.top_k, flags.top_p
     cache = model.new_cache(1, max_len, pattern)
@@ -180,7 +181,7 @@ def main(argv=None):
     flag("--temperature", type=float, default=0.8, help="0: the likeliest token; default: 0.8")
     flag("--top-k", type=int, help="draw among the k likeliest tokens")
     flag("--top-p", type=float, help="draw among the fewest tokens that reach this probability")
-    flag("--max-len", type=int, default=0, help="room of the cache, if it is more than needed")
+    flag("--max-len", type=int, help="room of the cache, if it is more than needed")
     flag("--tokenizer", choices=("bytes", "gpt2", "ids"), help="default: the checkpoint's")
     flag("--eot", type=int, help="end-of-text token of ids; default: none")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
@@ -191,7 +192,7 @@ def main(argv=None):
     flag("--max-batch", type=int, help="of --bench; default: 8 on a CPU, 8192 on a GPU")
     flags = parser.parse_args(argv)
     flags.pattern = flags.pattern or (["D16", "D64", "D16W256S4"] if flags.bench else ["D1"])
-    use_device(flags)
+    check(flags)
     require(on_gpu(flags) or not flags.compile, "--compile is for the steps of a GPU")
     torch.manual_seed(flags.seed)
     if flags.bench and not flags.checkpoint:

@@ -54,14 +54,12 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     """Train for the steps first..config.steps - 1, and yield records: after the first step, at the
     log and eval intervals, and at the end. Once `signals` holds something, the step is the last.
 
-    batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update; each
-    step draws one. A record: steps done, losses {pattern: nats per token}, lr, norm of the gradient
-    before clipping, ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only these
-    make the host wait for the device. ValueError if a loss or the norm is not finite, or the norm
-    is 0 while a loss is not: each save follows a record, so none holds weights of NaN.
+    batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update. A
+    record: steps done, losses {pattern: nats per token}, lr, norm of the gradient before clipping,
+    ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only these make the host
+    wait for the device. ValueError if one is not finite, so none is saved with weights of NaN.
     """
-    loss_fn = trainable(model, config)
-    intervals = config.log_interval, config.eval_interval
+    prepare(model, config)
     groups = [group for each in optimizers.values() for group in each.param_groups]
     flops = flops_per_token(model, pattern, arl, config)
     start = time.perf_counter()
@@ -70,20 +68,20 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         lr = schedule(step, config)
         for group in groups:
             group["lr"] = lr
-        parts = share(*batch(step), config)
+        idx, targets = batch(step)
         losses = {}
         for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
-            losses[str(each)], norm = update(loss_fn, optimizers, parts, each, config.clip)
+            losses[str(each)], norm = update(model, optimizers, idx, targets, each, config)
         done = step + 1
         stopped = summed(torch.tensor(len(signals))).item() > 0
-        due = not all(done % interval for interval in intervals)
-        if not (due or stopped or step == first or done == config.steps):
+        due = 0 in (done % config.log_interval, done % config.eval_interval)
+        if not (due or stopped or done in (first + 1, config.steps)):
             continue
         values = summed(torch.stack([*losses.values()]).double().cpu()).tolist()
         losses = dict(zip(losses, values))
         norm = norm.item()                      # of the whole batch already
-        healthy = math.isfinite(sum(values) + norm) and (norm > 0 or max(values) == 0)
-        require(healthy, f"training stopped at step {done}: losses {losses}, gradient norm {norm}")
+        require(math.isfinite(sum(values) + norm), f"training stopped at step {done}: losses "
+                f"{losses}, gradient norm {norm}")
         seconds = (time.perf_counter() - start) / (done - reported)
         rate = config.batch_size * config.context / seconds
         mfu = flops * rate / peak_flops(config)
@@ -97,9 +95,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
 
 
 def updates(step, config, pattern, arl):
-    """The patterns of the updates of a step, in order: a sparse one, then the main one. With
-    --one-update it is one of the two. They follow from the seed and the step.
-    """
+    """The patterns of the updates of a step, in order. They follow from the seed and the step."""
     rng = np.random.default_rng((config.seed, step, 1))         # apart from that of the windows
     both = [pattern]
     if arl:
@@ -107,39 +103,42 @@ def updates(step, config, pattern, arl):
     return [both[rng.integers(len(both))]] if config.one_update else both
 
 
-def update(loss_fn, optimizers, parts, pattern, clip):
-    """One update on a batch, of which `parts` is this process's share, under a pattern. Returns
-    this process's part of the loss (nats per token) and the norm of the whole batch's gradient,
-    both still on the device. A clip of 0 does not clip.
+def update(model, optimizers, idx, targets, pattern, config):
+    """One update on a batch (B, T) under a pattern. A process runs its share of it in parts. A part
+    weighs as much as it has of the targets that count, so all losses add up to the batch's mean.
+    Returns the sum of this process, and the norm of the whole gradient, both still on the device.
     """
+    n = WORLD * config.grad_accum
+    n_targets = (targets != -100).sum().item()
     total = 0.0
-    for i, (idx, targets, weight) in enumerate(parts, 1):
-        loss_fn.require_backward_grad_sync = i == len(parts)    # DDP: exchange gradients once
-        loss = loss_fn(idx, targets, pattern) * weight
-        (loss * WORLD).backward()               # DDP averages over processes; this makes it a sum
+    for x, y in [*zip(idx.chunk(n), targets.chunk(n))][RANK::WORLD]:
+        weight = (y != -100).sum().item() / max(1, n_targets)
+        with autocast(config):
+            loss = model.loss(move(x, config), move(y, config), pattern) * weight
+        loss.backward()
         total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(loss_fn.parameters(), clip or math.inf)
+    for p in model.parameters():
+        summed(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
     for optimizer in optimizers.values():
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return total, norm
 
 
 def schedule(step, config):
-    """The learning rate: it rises to config.lr in the `warmup` share of the steps, then falls along
-    a cosine to config.min_lr at the last step.
-    """
+    """The learning rate: a line up to config.lr, then a cosine to config.min_lr at the last."""
     ramp = int(config.warmup * config.steps)
     if step < ramp:
         return config.lr * (step + 1) / ramp
     turn = math.pi * (step - ramp) / max(1, config.steps - ramp - 1)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(turn)) / 2
+    low = min(config.lr, config.min_lr)
+    return low + (config.lr - low) * (1 + math.cos(turn)) / 2
 
 
 def new_optimizers(model, config):
-    """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it, or with
-    --optimizer muon the embedding and the norms. Muon takes the matrices of the blocks, scaled so
-    that both can share a learning rate.
+    """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it. But Muon
+    takes the matrices of the blocks, scaled so that both can share a learning rate.
     """
     muon = config.optimizer == "muon"
     mine = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
@@ -152,32 +151,19 @@ def new_optimizers(model, config):
     return optimizers
 
 
-def trainable(model, config):
-    """A module (idx, targets, pattern) -> model.loss, as the flags say: dtype, compiled ..."""
+def prepare(model, config):
+    """Make the model train as the flags say."""
     model.checkpointing = config.checkpointing
     if on_gpu(config):
         torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
     if config.compile:
-        torch._dynamo.config.optimize_ddp = False       # DDP need not cut through a block's graph
         torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
         model.compile(dynamic=False)
-
-    def loss(idx, targets, pattern):
-        with autocast(config):
-            return model.loss(idx, targets, pattern)
-
-    module = torch.nn.Module()                          # which DDP wants
-    module.model = model
-    module.forward = loss
-    if WORLD > 1:
-        return torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    return module
 
 
 def autocast(config):
     """A context in which models compute in the dtype of the flags. Their weights stay float32."""
-    kind = torch.device(config.device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    return torch.autocast(config.device.split(":")[0], torch.bfloat16, config.dtype == "bfloat16")
 
 
 def move(z, config):
@@ -188,7 +174,7 @@ def move(z, config):
 
 
 # Several processes. torchrun starts the script once a GPU. Each process takes its share of a batch.
-# Gradients meet in DDP, a few numbers in `summed`. Process 0 prints and saves.
+# Gradients, and a few numbers, meet in `summed`. Process 0 prints and saves.
 
 RANK, LOCAL_RANK, WORLD = 0, 0, 1
 if dist.is_torchelastic_launched():
@@ -196,22 +182,10 @@ if dist.is_torchelastic_launched():
 
 
 def summed(values):
-    """The sum of a CPU tensor over all processes, which wait for each other."""
+    """A tensor, which becomes its sum over all processes. On a CPU they wait for each other."""
     if WORLD > 1:
         dist.all_reduce(values)
     return values
-
-
-def share(idx, targets, config):
-    """This process's parts of a batch, on its device: [(idx, targets, weight)]. The weight is the
-    part's share of the targets that count. So the weighted losses of all parts and processes add up
-    to the mean over the batch's targets.
-    """
-    n = WORLD * config.grad_accum
-    counts = [(y != -100).sum().item() for y in targets.chunk(n)]
-    weights = [count / max(1, sum(counts)) for count in counts]
-    parts = [*zip(idx.chunk(n), targets.chunk(n), weights)]
-    return [(move(x, config), move(y, config), weight) for x, y, weight in parts[RANK::WORLD]]
 
 
 # ---- Evaluation, and what is counted -------------------------------------------------------------
@@ -236,12 +210,11 @@ def bits_per_byte(loss, bytes_per_token):
     return loss / math.log(2) / bytes_per_token
 
 
-PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090": 71}
-# dense bfloat16 TFLOP/s, from the vendor's data sheets
+PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090": 71}   # TFLOP/s
 
 
 def peak_flops(config):
-    """FLOP/s of all devices together. Infinite for unknown cards: their MFU is then not shown."""
+    """FLOP/s of all devices in dense bfloat16; infinite for unknown cards, to show no MFU."""
     used = config.dtype == "bfloat16" and on_gpu(config)
     name = torch.cuda.get_device_name() if used else ""
     known = [PEAKS[card] for card in PEAKS if card in name]
@@ -270,11 +243,12 @@ def keys_per_token(pattern, config, T):
     """Mean number of keys per query in a sequence of T tokens, over layers, heads and positions."""
     t = positions(T)
     layers = []
-    for rules in pattern.layers:
-        layers.append(np.mean([mean_keys(rule, t) for rule in rules]))
-    return np.mean([layers[i % len(layers)] for i in range(config.n_layer)])
+    for i in range(config.n_layer):
+        layers.append(np.mean([mean_keys(rule, t) for rule in pattern.rules(i)]))
+    return np.mean(layers)
 
 
+@functools.lru_cache
 def mean_keys(rule, t):
     """Mean number of keys that queries at t (n,) attend to. Any top-k blocks are as many keys, so
     the first ones are taken.
@@ -290,12 +264,12 @@ def mean_keys(rule, t):
 
 def bytes_read(cache, t):
     """Bytes of the cache that a decoding step reads, mean over its positions t (n,)."""
-    keys = functools.cache(lambda rule: mean_keys(rule, t) - 1)     # a token's own is not there yet
     total = 0
     for layer in cache.layers:
         total += layer.state.nbytes
         for group in layer.groups:
-            total += keys(group.rule) * 2 * group.k[:, :, :1].nbytes
+            keys = mean_keys(group.rule, t) - 1                 # a token's own is not there yet
+            total += keys * 2 * group.k[:, :, :1].nbytes
             if group.rule.topk:
                 n_blocks = (t // group.rule.block).double().mean().item()
                 total += n_blocks * group.summaries[:, :, :1].nbytes
@@ -305,98 +279,87 @@ def bytes_read(cache, t):
 # ---- Data: uint16 tokens in train.bin and val.bin, found in a folder or made from texts ----------
 
 class Windows:
-    """The windows of T tokens in files, [(tokens, mask)] of `open_bin`, numbered through all."""
+    """The windows of T tokens in files, [(tokens, mask)] of `open_bin`, numbered through all. One
+    begins every `stride` tokens. Side by side, the last may lack its last target.
+    """
 
-    def __init__(self, files, config, coder):
+    def __init__(self, files, stride, config, coder):
         self.files = files
         self.config = config
         self.coder = coder
         self.T = config.context
-        self.per_epoch = self.counts(self.T).sum()      # windows that lie side by side
-
-    def __len__(self):
-        return sum(len(tokens) for tokens, _ in self.files)
-
-    def counts(self, stride):
-        """How many windows each file has, if one begins every `stride` tokens."""
-        # Side by side, the last one may lack its last target; at a stride of 1 all must be there.
-        last = [len(tokens) - self.T - (stride == 1) for tokens, _ in self.files]
-        return np.maximum(np.array(last) // stride + 1, 0)
+        sizes = [len(tokens) for tokens, _ in files]
+        self.starts = [range(0, size - self.T + (stride > 1), stride) for size in sizes]
+        self.total = sum(map(len, self.starts))
+        self.n_tokens = sum(sizes)
 
     @functools.lru_cache(2)
     def order(self, epoch):
-        return np.random.default_rng((self.config.seed, epoch)).permutation(self.per_epoch)
+        return np.random.default_rng((self.config.seed, epoch)).permutation(self.total)
 
     def batch(self, step):
-        """idx, targets (B, T) of a training step, which follow from the seed and the step: windows
-        side by side, as masked samples are, shuffled anew each epoch. The target after end-of-text
-        does not count: another document's first token can't be known.
+        """idx, targets (B, T) of a training step, which follow from the seed and the step: each
+        window once an epoch, in an order of its own. The target after end-of-text does not count:
+        another document's first token can't be known.
         """
         B = self.config.batch_size
-        places = divmod(step * B + np.arange(B), self.per_epoch)
-        numbers = [self.order(epoch)[i] for epoch, i in zip(*places)]
-        idx, targets = self.cut(numbers, self.T)
-        if self.coder.eot is not None:
-            targets = targets.masked_fill(idx == self.coder.eot, -100)
-        return idx, targets
+        places = divmod(step * B + np.arange(B), self.total)
+        idx, targets = self.cut([self.order(epoch)[i] for epoch, i in zip(*places)])
+        return idx, targets.masked_fill(idx == self.coder.eot, -100)
 
     @functools.cached_property
     def spread(self):
-        """idx, targets (n, T) of up to --eval-windows windows, spread evenly. With masks they lie
-        side by side, else they begin anywhere.
-        """
-        stride = 1 if all(mask is None for _, mask in self.files) else self.T
-        total = self.counts(stride).sum()
-        most = min(self.config.eval_windows, self.per_epoch, total)
-        return self.cut(np.linspace(0, total - 1, most).astype(int), stride)
+        """idx, targets (n, T) of up to --eval-windows windows, spread evenly."""
+        most = min(self.config.eval_windows, self.n_tokens // self.T, self.total)
+        return self.cut(np.linspace(0, self.total - 1, most).astype(int))
 
-    def cut(self, numbers, stride):
+    def cut(self, numbers):
         """idx, targets (B, T) int64 of numbered windows. A target of -100 does not count: its mask
         is not 1, or the file ends before it. ValueError for a token beyond the vocabulary.
         """
-        counts = self.counts(stride)
-        ends = counts.cumsum()
         idx, targets = np.full((2, len(numbers), self.T + 1), -100, np.int64)
         for i, number in enumerate(numbers):
-            file = ends.searchsorted(number, side="right")
-            tokens, mask = self.files[file]
-            start = (number - ends[file] + counts[file]) * stride
-            row = tokens[start:start + self.T + 1].astype(np.int64)
+            for (tokens, mask), starts in zip(self.files, self.starts):
+                if number < len(starts):
+                    break
+                number -= len(starts)
+            place = slice(starts[number], starts[number] + self.T + 1)
+            row = tokens[place].astype(np.int64)
             require(row.max() < self.config.vocab_size, f"{tokens.filename}: token {row.max()} is "
                     f"beyond the vocabulary of {self.config.vocab_size}")
             idx[i, :len(row)] = row
             if mask is not None:
-                row[mask[start:start + len(row)] != 1] = -100
+                row[mask[place] != 1] = -100
             targets[i, :len(row)] = row
         return torch.from_numpy(idx[:, :-1]), torch.from_numpy(targets[:, 1:])
 
 
 def load_data(config):
-    """(train, val): the Windows of config.data. ValueError or OSError if they are missing or of no
-    use. Fills in config.tokenizer, config.vocab_size where it is open, and config.data_key, which
-    tells these tokens from others wherever they lie. If it held another key, stderr says so.
+    """(train, val): the Windows of config.data. Fills in the tokenizer and the vocabulary's size if
+    they are open, and data_key, which tells these tokens from others wherever they lie. If it held
+    another key, stderr says so.
     """
-    require(config.data, "the checkpoint does not say what it was trained on: --data is needed")
-    require(all(config.data), "--data is empty: is a variable of your shell not set?")
-    config.data = [each if each == "stdlib" else os.path.abspath(each) for each in config.data]
+    require(config.data and all(config.data), "--data is empty, or the checkpoint does not say "
+            "what it was trained on: --data is needed")
     folders = [each for each in config.data if os.path.exists(os.path.join(each, "train.bin"))]
     texts = [each for each in config.data if each not in folders]
     config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
     coder = Tokenizer(config.tokenizer, config.eot)
-    require(coder.size or not texts, f"--data {' '.join(texts)}: there is no train.bin in it, and "
-            "a text needs --tokenizer bytes or gpt2")
     if texts:
         folders.append(tokenize(texts, coder.name, config.split_on))
-    train = Windows([open_bin(f"{folder}/train.bin") for folder in folders], config, coder)
-    val = Windows([open_bin(f"{folder}/val.bin") for folder in folders], config, coder)
-    files = train.files + val.files
+    train = [open_bin(f"{folder}/train.bin") for folder in folders]
+    val = [open_bin(f"{folder}/val.bin") for folder in folders]
+    files = train + val
     if not config.vocab_size:
         size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
         config.vocab_size = -(-size // 64) * 64         # in 64s, which suits the matrix products
-    for windows, counts in ((train, train.counts(1)), (val, val.spread[1] != -100)):
-        path = windows.files[0][0].filename
-        require(counts.any(), f"{path}: no target counts in its {len(windows)} tokens: more than "
-                f"the --context of {config.context} are needed, or another mask")
+    masked = any(mask is not None for _, mask in val)
+    train = Windows(train, config.context, config, coder)   # side by side, as masked samples are
+    val = Windows(val, config.context if masked else 1, config, coder)
+    for windows in (train, val):
+        require((windows.spread[1] != -100).any(), f"{windows.files[0][0].filename}: no target "
+                f"counts in its {windows.n_tokens} tokens: more than the --context of "
+                f"{config.context} are needed, or another mask")
     key = data_key(files)
     if config.data_key not in (None, key):
         note(f"warning: {' '.join(config.data)} has changed since the training, or is other data: "
@@ -410,11 +373,11 @@ def open_bin(path):
     mapped from disk. mask: None, or train.mask.bin beside it, uint8, 1: a token counts as a target.
     """
     size = os.path.getsize(path)
-    require(size and size % 2 == 0, f"{path}: {size} bytes, empty or an odd number: is it cut off")
     head = np.fromfile(path, "<i4", 3).tolist()
     offset = 1024 if head and head[0] // 10000 == 2024 else 0       # llm.c's magic number: a date
-    require(not offset or head == [20240520, 1, (size - offset) // 2], f"{path}: a header of magic "
-            f"number, version and tokens {head}, which does not fit {size} bytes of uint16 tokens")
+    fits = head == [20240520, 1, (size - offset) // 2] if offset else size
+    require(fits and size % 2 == 0, f"{path}: {size} bytes, empty, an odd number, or not as many "
+            f"as a header of llm.c's magic number, version and tokens says: {head}")
     tokens = np.memmap(path, "<u2", "r", offset)
     words = tokens[:1000]
     low, high = sorted((words[::2].max(), words[1::2].max(initial=0)))
@@ -434,36 +397,30 @@ def data_key(files):
     """The number of tokens, and a hash of 64 chunks of each file, spread evenly."""
     content = hashlib.sha1()
     for tokens, mask in files:
-        last = max(0, len(tokens) - 4096)
-        for start in np.linspace(0, last, 64).astype(int):
+        for start in np.linspace(0, max(0, len(tokens) - 4096), 64).astype(int):
             content.update(tokens[start:start + 4096])
-            if mask is not None:
-                content.update(mask[start:start + 4096])
+            content.update(b"" if mask is None else mask[start:start + 4096])
     return f"{sum(len(tokens) for tokens, _ in files)} tokens {content.hexdigest()[:8]}"
-
-
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}      # of the stdlib
 
 
 def find_texts(source):
     """[(hash of the name, path)] of the files of a source, in this order. Links are followed, but a
-    file counts once. Hidden ones, and folders of checkpoints, are left out.
+    file counts once. Hidden ones, and those beside checkpoints, are left out.
     """
     stdlib = source == "stdlib"
     root = sysconfig.get_path("stdlib") if stdlib else source
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"} if stdlib else set()
     found = {root: os.path.basename(root)} if os.path.isfile(root) else {}
     visited = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in visited or any(name.endswith(".pt") for name in names):
-            folders.clear()
-            continue
+        folders[:] = [] if real in visited else sorted({*folders} - left_out)
         visited.add(real)
-        folders[:] = sorted({*folders} - (SKIPPED if stdlib else set()))
+        run = any(name.endswith(".pt") for name in names)
         for path in sorted(os.path.join(folder, name) for name in names):
             name = os.path.relpath(path, root)
-            hidden = re.search(r"(^|/)\.", name)
-            if os.path.isfile(path) and not hidden and name.endswith(".py" if stdlib else ""):
+            skipped = run or name.startswith(".") or "/." in name
+            if os.path.isfile(path) and not skipped and name.endswith(".py" if stdlib else ""):
                 found.setdefault(os.path.realpath(path), name)
     require(found, f"--data {source}: no such file or folder, or nothing in it")
     return sorted((hashlib.md5(os.fsencode(found[path])).hexdigest(), path) for path in found)
@@ -493,47 +450,36 @@ def tokenize(sources, tokenizer, split_on=None):
 def write_tokens(texts, coder, split_on, folder):
     """Write train.bin and val.bin: the tokens of each document, then end-of-text. One text in 20,
     by its hash, is for validation. Of fewer than 100 texts each one's last 20th is. What is not
-    UTF-8 text is left out, and said.
+    UTF-8 text is left out.
     """
     note(f"tokenizing {len(texts)} texts")
-    left_out = []
-    found = not split_on
+    n_texts = 0
+    n_documents = 0
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for name_hash, path in texts:
-            text = ""
-            with open(path, encoding="utf-8-sig", newline="") as f:     # a BOM is no text
-                with contextlib.suppress(UnicodeDecodeError):
-                    text = f.read()
-            if not text or "\0" in text:
-                left_out.append(path)
+            text = "\0"
+            with open(path, "rb") as f, contextlib.suppress(UnicodeDecodeError):
+                text = f.read().decode("utf-8-sig")     # a byte order mark is no text
+            if "\0" in text:
                 continue
-            border = len(text) * 19 // 20               # moved to white space, if there is any
-            space = max(text.rfind(" ", 0, border), text.rfind("\n", 0, border))
-            border = space if space > 0 else border
+            n_texts += 1
+            border = len(text) * 19 // 20
             if len(texts) >= 100:
                 border = 0 if int(name_hash, 16) % 20 == 0 else len(text)
-            found = found or split_on in text
             for file, part in ((train, text[:border]), (val, text[border:])):
                 for document in filter(None, part.split(split_on or "\0")):
                     coder.write(document, file)
-    note(f"tokenized: {len(texts) - len(left_out)}/{len(texts)} texts" + "".join(
-         f"; what is empty or not UTF-8 text is left out, as {path}" for path in left_out[:1]))
-    require(len(left_out) < len(texts), "--data: no UTF-8 text in it; tokens must lie in a folder "
-            "as train.bin and val.bin")
-    if not found:
-        note(f"warning: --split-on {split_on!r} is nowhere in the texts: each file is one document")
-
-
-LONG_RUN = re.compile(r"(\s{1000}|\S{10000})")              # on longer ones tiktoken is too slow
+                    n_documents += 1
+    note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; the "
+         "others are not UTF-8")
 
 
 class Tokenizer:
-    """Text <-> token ids. bytes: UTF-8, 257 tokens; gpt2: tiktoken's BPE, 50257; ids: numbers, of
-    which `eot` ends a text, if any does.
-    """
+    """Text <-> token ids: UTF-8 bytes, GPT-2's BPE, or numbers, of which `eot` may end a text."""
 
     def __init__(self, name, eot=None):
-        sizes = {"bytes": (257, 256), "gpt2": (50257, 50256), "ids": (None, eot)}
+        ids = (None, -1 if eot is None else eot)            # -1: nothing ends a text
+        sizes = {"bytes": (257, 256), "gpt2": (50257, 50256), "ids": ids}
         self.name = name
         self.size, self.eot = sizes[name]
         require(eot in (None, self.eot), f"--eot {eot}: end-of-text of {name} is {self.eot}")
@@ -549,7 +495,7 @@ class Tokenizer:
         if self.name == "bytes":
             return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
         if self.name == "gpt2":
-            parts = LONG_RUN.split(text)
+            parts = re.split(r"(\s{1000}|\S{10000})", text)         # tiktoken fails on long runs
             return [token for part in parts for token in self.bpe.encode_ordinary(part)]
         require(re.fullmatch(r"[0-9\s]*", text), "no tokenizer for this vocabulary: write token "
                 f"ids, like '1 15043', not {text[:40]!r}")
@@ -562,8 +508,8 @@ class Tokenizer:
         np.array([self.eot], "<u2").tofile(file)
 
     def bytes_of(self, token):
-        """The bytes of text that a token stands for: none for end-of-text and unused tokens."""
-        if token >= self.eot:
+        """The bytes of text that a token stands for, if any."""
+        if self.name == "ids" or token >= self.eot:
             return b""
         return bytes([token]) if self.name == "bytes" else self.bpe.decode_single_token_bytes(token)
 
@@ -575,14 +521,11 @@ class Tokenizer:
 
 
 def bytes_per_token(windows):
-    """Mean bytes of text of a validation target; None of ids, and if tiktoken has no vocabulary."""
-    if windows.coder.name == "ids":
-        return None
+    """Mean bytes of text of a validation target; 0 of ids, None if tiktoken has no vocabulary."""
     _, targets = windows.spread
-    tokens, counts = targets[targets >= 0].unique(return_counts=True)
     with contextlib.suppress(OSError, ValueError, ImportError):         # offline, or no tiktoken
-        sizes = [len(windows.coder.bytes_of(token)) for token in tokens.tolist()]
-        return np.average(sizes, weights=counts)
+        texts = map(windows.coder.bytes_of, targets[targets >= 0].tolist())
+        return np.mean([*map(len, texts)])
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -605,8 +548,7 @@ def new_parser(doc):
 def add_data_flags(parser):
     """The flags of every script that reads data."""
     flag = parser.add_argument
-    flag("--data", nargs="+", help="stdlib (Python's own source, the default), text files, folders "
-         "of texts, or folders with train.bin and val.bin")
+    flag("--data", nargs="+", help="stdlib (the default), texts, or folders of texts or .bin files")
     flag("--tokenizer", choices=("bytes", "gpt2", "ids"), help="of texts: bytes (default) or gpt2 "
          "(offline with TIKTOKEN_CACHE_DIR); of .bin files: gpt2 (default), or what they hold")
     flag("--eot", type=int, help="end-of-text token of ids; default: none")
@@ -625,15 +567,14 @@ def add_training_flags(parser):
             ("--grad-accum", 1, "parts of a process's share that run one by one"),
             ("--steps", 1000, "batches to train on"),
             ("--lr", 1e-3, "peak learning rate"),
-            ("--min-lr", 1e-6, "learning rate of the last step"),
+            ("--min-lr", 1e-6, "learning rate of the last step, if --lr is above"),
             ("--warmup", 0.05, "share of the steps in which the rate rises"),
             ("--weight-decay", 0.1, "on all parameters"),
             ("--clip", 1.0, "largest gradient norm, 0 for no limit"),
             ("--log-interval", 10, "steps between log lines"),
             ("--eval-interval", 250, "steps between saves and validations")):
         flag(name, type=type(default), default=default, help=text)
-    flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: of the blocks' "
-         "matrices, with AdamW for the rest; it wants ten times AdamW's --lr")
+    flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: ten times the --lr")
     flag("--compile", action=SWITCH, help="torch.compile the blocks; default: on a GPU")
     flag("--checkpointing", action=SWITCH, default=False, help="less memory: compute anew")
     flag = parser.add_mutually_exclusive_group().add_argument
@@ -653,10 +594,9 @@ def train_flags():
     flag("--n-embd", type=int, help="width")
     flag("--vocab-size", type=int, help="default: the tokenizer's, rounded up to a multiple of 64")
     flag("--recurrence", action=SWITCH, default=True, help="--no-recurrence: attention only")
-    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates: each batch "
-         "draws one; none: no such update; default: D64 for a dense RAT+, else none")
-    flag("--one-update", action=SWITCH, default=False, help="each batch makes one of its two "
-         "updates, by lot: an ordinary model's FLOPs")
+    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates, of which a "
+         "batch draws one, or none; default: D64 for a dense RAT+")
+    flag("--one-update", action=SWITCH, default=False, help="by lot one of a batch's two updates")
     flag("--pattern", type=pattern_flag, default="D1", help="of the main updates; names the file")
     flag("--checkpoint", help="weights to start a new run from")
     return parser
@@ -670,19 +610,13 @@ def pattern_flag(text):
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def check(config):
-    """Fill in the device, the dtype, --compile. ValueError if flags are of no use."""
-    for name, value in vars(config).items():
-        if type(value) in (int, float) and name != "eot":
-            least = 1 if type(value) is int and name != "seed" else 0
-            flag = name.replace("_", "-")
-            require(least <= value < math.inf, f"--{flag} {value}: at least {least} is needed")
-    n = WORLD * config.grad_accum
-    require(config.batch_size % n == 0, f"--batch-size {config.batch_size} does not split into "
-            f"--grad-accum {config.grad_accum} x {WORLD} processes")
+def check_training(config):
+    """`check`, and that the flags of training fit together. Fills in --compile."""
+    check(config)
+    require(config.batch_size % (WORLD * config.grad_accum) == 0, "--batch-size "
+            f"{config.batch_size} does not split into --grad-accum {config.grad_accum} x {WORLD} "
+            "processes")
     require(config.warmup <= 1, f"--warmup {config.warmup:g}: it is a share of the steps, 0 to 1")
-    require(config.min_lr <= config.lr, f"--min-lr {config.min_lr:g} is above --lr {config.lr:g}")
-    use_device(config)
     if config.compile is None:
         config.compile = on_gpu(config)
 
@@ -691,8 +625,7 @@ OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what check
 NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # by what starts from a checkpoint
 MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
               "checkpointing", *OF_A_CALL}
-# What --resume may change: the data's place, not their key; steps, which stretch the schedule of
-# the learning rate; and what changes the result by rounding at most.
+# What --resume may change: the data's place, how many steps, and what is rounding at most.
 
 
 def inherit(parser, argv, path, left_out):
@@ -717,8 +650,8 @@ def recorded(config):
 
 def refuse_changes(path, saved, config, free=MAY_DIFFER):
     """ValueError if a flag is not what the checkpoint at `path` has for it."""
-    for name, value in saved.items():
-        mine = getattr(config, name)
+    for name, mine in vars(config).items():
+        value = saved.get(name, mine)
         require(name in free or mine == value, f"--{name.replace('_', '-')} {mine}: {path} has "
                 f"{value}, and what changes the result can't differ")
 
@@ -727,8 +660,13 @@ def on_gpu(config):
     return config.device.startswith("cuda")
 
 
-def use_device(config):
-    """Fill in config.device and config.dtype. ValueError if the device can't be used."""
+def check(config):
+    """Fill in the device and the dtype. ValueError if they or a number are of no use."""
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and name != "eot":
+            least = 1 if type(value) is int and name != "seed" else 0
+            flag = name.replace("_", "-")
+            require(least <= value < math.inf, f"--{flag} {value}: at least {least} is needed")
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.device == "cuda":
         config.device = f"cuda:{LOCAL_RANK}"
@@ -784,12 +722,9 @@ def out_of_memory(error):
 
 
 def run(main):
-    """Call main() as a script. Bad input, a missing file, a lack of memory and Ctrl-C become one
-    line on stderr and a non-zero exit.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):           # closed, or a notebook's
-            stream.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
+    """Call main() as a script. Bad input, a lack of memory and Ctrl-C end it with one line."""
+    with contextlib.suppress(AttributeError):               # closed, or a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # a reader as `head` ends it silently
     if WORLD > 1:
@@ -819,40 +754,30 @@ def file_of(pattern, out):
 
 def fingerprint(model):
     """Eight hex digits that tell weights from others; checkpoints name their first parent so."""
-    weights = model.embed.weight.detach().float().cpu().numpy()
-    return hashlib.md5(weights.tobytes()).hexdigest()[:8]
+    return hashlib.md5(model.embed.weight.detach().float().cpu().numpy()).hexdigest()[:8]
 
 
-def save(path, model, optimizers=None, **meta):
-    """save_checkpoint of process 0, with the optimizers' states. The others wait: torchrun kills it
-    soon after one of them ends.
-    """
+def save(path, model, optimizers={}, **meta):
+    """Save in process 0. The others wait: torchrun kills it soon after one of them ends."""
     if RANK == 0:
-        states = {name: each.state_dict() for name, each in (optimizers or {}).items()}
+        states = {name: each.state_dict() for name, each in optimizers.items()}
         save_checkpoint(path, model, **meta, **states)
     summed(torch.zeros(1))
 
 
 def open_log(path, config, first=0):
-    """The JSONL log beside the checkpoint `path`, open for adding. A new run creates it: files of
-    another run are refused, or with --overwrite renamed. A resumed one keeps its first records.
+    """The JSONL log beside the checkpoint `path`. A new run refuses files of another one, or with
+    --overwrite renames them. A resumed one adds to the log: the last record of a step counts.
     """
     if RANK:
         return open(os.devnull, "w")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     log_path = path.removesuffix(".pt") + ".jsonl"
-    if not first:
-        for old in filter(os.path.exists, (path, log_path)):
-            require(config.overwrite or config.resume, f"{old} exists: --resume goes on with it, "
-                    "--overwrite starts anew, --out names another folder")
-            os.replace(old, f"{old}.old")
-        return open(log_path, "x")
-    with open(log_path, "a+", errors="replace") as old, open(f"{log_path}.tmp", "w") as log:
-        old.seek(0)                             # records begin with their step; torn ones go
-        records = [re.fullmatch(r'\{"step": (\d+), .*\}\n', line) for line in old]
-        log.writelines(each[0] for each in records if each and int(each[1]) <= first)
-    os.replace(log.name, log_path)
-    return open(log_path, "a")
+    for old in filter(os.path.exists, () if first else (path, log_path)):
+        require(config.overwrite or config.resume, f"{old} exists: --resume goes on with it, "
+                "--overwrite starts anew, --out names another folder")
+        os.replace(old, f"{old}.old")
+    return open(log_path, "a" if first else "x")
 
 
 def report(log, text, **record):
@@ -882,17 +807,12 @@ def settle(argv):
     start = file_of(typed.pattern, typed.out) if typed.resume else typed.checkpoint
     left_out = set() if typed.resume else NOT_INHERITED | {"data_key"}
     config, model, meta = inherit(parser, argv, start, left_out)
-    require("optimizer" in meta or not config.resume, f"{start} can't be resumed, as train.py has "
-            "not made it")
-    patterns = {config.pattern, meta.get("pattern", "D1")}
-    if patterns != {"D1"} and not config.resume:
+    require("optimizer" in meta or not config.resume, f"train.py has not made {start}")
+    if not config.resume and {config.pattern, meta.get("pattern", "D1")} != {"D1"}:
         config.arl = typed.arl                          # that of a checkpoint is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
-    if start:
-        fixed = vars(parser.parse_args([])) if config.resume else asdict(model.config)
-        refuse_changes(start, fixed, config)
-    check(config)
+    check_training(config)
     return config, model, meta
 
 
@@ -900,11 +820,12 @@ def main(argv=None):
     config, model, meta = settle(argv)
     path = file_of(config.pattern, config.out)
     train, val = load_data(config)
-    require(not config.resume or config.data_key == meta["train"].get("data_key"), f"--resume: "
-            f"{' '.join(config.data)} holds other tokens than {path} was trained on")
+    if config.resume:
+        refuse_changes(path, meta["train"], config)
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in RATConfig.__dataclass_fields__}
     model = model or RATPlus(RATConfig(**shape))
+    refuse_changes(config.checkpoint, asdict(model.config), config)
     model.to(config.device)
     pattern = Pattern.parse(config.pattern).check(model.config)
     arl = [Pattern.parse(name).check(model.config) for name in config.arl if name != "none"]
@@ -924,10 +845,8 @@ def main(argv=None):
     signals = catch_signals()
     with open_log(path, config, step) as log:
         report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, {ratio:.2g} a parameter, of "
-               f"{len(train) / 1e6:.3g}M; {len(val) / 1e6:.3g}M for validation", step=step,
+               f"{train.n_tokens / 1e6:.3g}M; {val.n_tokens / 1e6:.3g}M for validation", step=step,
                config=recorded(config), torch=torch.__version__)
-        if step >= config.steps:
-            print(f"{path} is complete: {step} steps, val {meta['val']}")
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]
             stopped = record.pop("stopped") and step < config.steps

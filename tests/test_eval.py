@@ -432,8 +432,8 @@ def test_data_for_fine_tuning_are_samples_one_after_another():
     config.tasks = [*evaluation.TASKS][:8]
     seen = set()
     for windows, numbers in zip(train.load_data(config), (range(40), range(-2, 0))):
-        assert len(windows) == 300 * len(numbers)
-        for number, idx, targets in zip(numbers, *windows.cut(range(len(numbers)), 300)):
+        assert windows.n_tokens == 300 * len(numbers)
+        for number, idx, targets in zip(numbers, *windows.cut(range(len(numbers)))):
             [sample] = evaluation.new_samples([number], config).astype(int)
             tokens, answer = torch.from_numpy(sample)
             assert torch.equal(idx, tokens)
