@@ -510,8 +510,9 @@ class Sizes(NamedTuple):
 
 @triton.constexpr_function
 def ring(RULE):
-    """model.Rule.ring: 0 if only the query itself is near."""
-    return RULE.window
+    """model.Rule.ring of a rule, which comes as a plain tuple."""
+    _, window, *_ = RULE
+    return window
 
 
 @jit
