@@ -345,6 +345,8 @@ def load_data(config):
     texts = [each for each in config.data if each not in folders]
     config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
     coder = Tokenizer(config.tokenizer, config.eot)
+    require(coder.size or not texts, f"--data {' '.join(texts)}: there is no train.bin in it, and "
+            "a text needs --tokenizer bytes or gpt2")
     if texts:
         folders.append(tokenize(texts, coder.name, config.split_on))
     train = [open_bin(f"{folder}/train.bin") for folder in folders]
