@@ -1,7 +1,7 @@
 """
 What sparsity costs and saves, a row a pattern. Or benchmarks (--choices), or retrieval (--niah).
 
-  loss  = mean cross-entropy on validation windows; gap = loss - loss of the same model under D1
+  loss  = mean cross-entropy on validation windows; gap = loss - loss of the model's D1 row
   keys  = keys that a query may attend to, mean over positions, layers and heads
   cache = bytes of the decoding cache after a window, per token of it
   read  = bytes of it that a decoding step reads, mean over the positions of a window
@@ -61,21 +61,23 @@ def print_row(*cells, head=False):
 
 def open_rows(paths, flags, argv):
     """(config, rows): the rows of all checkpoints. ValueError if they can't be compared."""
-    same = ["tokenizer", "vocab_size", "context", "eval_windows"]
-    if not (flags.data or flags.choices or flags.niah):
-        same.append("data_key")
+    same = ["tokenizer", "vocab_size", "context"]
+    if not (flags.choices or flags.niah):
+        same += ["eval_windows", "data" if flags.data else "data_key"]
+    configs = []
     first = None
     rows = []
     for path in paths:
         config, model, meta = inherit(eval_flags(), argv, path, NOT_DEFAULTS)
         check(config)
+        configs.append(config)
         mine = {name: getattr(config, name) for name in same}
         first = first or mine
         require(mine == first, f"{path} can't be compared with {paths[0]}: {mine}, not {first}")
         header(model.to(config.device), config)
         rows += rows_of(path, model, meta, config)
     order = [pattern for pattern, *_ in rows]                   # D1 first, runs side by side
-    return config, sorted(rows, key=lambda row: order.index(row[0]))
+    return configs[0], sorted(rows, key=lambda row: order.index(row[0]))
 
 
 def rows_of(path, model, meta, config):
@@ -102,8 +104,8 @@ def rows_of(path, model, meta, config):
     rows = []
     for text in dict.fromkeys(["D1", own, *(config.pattern or [*adapted, "W0"])]):
         pattern = Pattern.parse(text).check(model.config)
-        weights = "dense" if text == "D1" else "adapted"
-        rows.append((pattern, weights if text == own else "switched", name, model))
+        weights = "switched" if text != own else "dense" if text == "D1" else "adapted"
+        rows.append((pattern, weights, name, model))
         if text in adapted:
             rows.append((pattern, "adapted", name, adapted[text].to(config.device)))
     return rows
@@ -184,8 +186,9 @@ def read_item(line, coder, config):
         before = [*map(int, coder.encode(query.rstrip()))]
         after = [*map(int, coder.encode(query + " " + text))][len(before):]
         tokens = (before or [coder.eot]) + after
-        require(min(tokens) >= 0 and max(tokens) < config.vocab_size, "a token is none of the "
-                "model's, or the query is empty and --eot not given")
+        right = after and min(tokens) >= 0 and max(tokens) < config.vocab_size
+        require(right, "a choice has no token, a token is none of the model's, or the query is "
+                "empty and --eot not given")
         tokens = tuple(tokens[-config.context - 1:])
         choices.append((tokens, len(tokens) - len(after), len(text)))
     return choices, gold
@@ -203,14 +206,14 @@ def read_items(path, coder, config):
         with opened(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 choices, gold = read_item(line, coder, config)
-                if min(start for _, start, _ in choices) > 0:
+                if min(start for _, start, _ in choices) > 0:       # each has a token before it
                     items.append((choices, gold))
                     full += max(len(tokens) for tokens, *_ in choices) > T
     except Exception as error:                  # whatever json, gzip, lzma and read_item raise
         raise ValueError(f"{path}, line {number}: {error!r}") from error
     if full or len(items) < number:
         note(f"{path}: {full} items fill --context {T}, so their queries may lack their front; "
-             f"{number - len(items)} with a longer choice are left out")
+             f"{number - len(items)} whose choice alone is too long are left out")
     require(items, f"{path}: no items for --context {T}")
     return items
 
@@ -243,15 +246,15 @@ def score(model, pattern, items, config):
     found = []
     for choices, gold in items:
         lls, norms, likeliest = np.array([scores[choice] for choice in choices]).T
-        may_win = len(lls) > 1 or likeliest[0]
-        acc = may_win and lls.argmax() == gold                  # of equal ones, the first
+        may_win = len(lls) > 1 or likeliest[0]                  # a single one must be greedy text
+        acc = may_win and lls.argmax() == gold
         norm = may_win and norms.argmax() == gold
         found.append((acc, norm, lls[gold]))
     return np.array(found, dtype=float)
 
 
 def choices_cell(items, found, dense):
-    """The text for what `score` found, and under D1 `dense`, from which a delta is counted."""
+    """A cell. found, dense: what `score` gave for this row, and for the model's D1 row."""
     acc, norm, ll = found.T
     delta = acc - dense[:, 0]
     error = 100 * acc.std(ddof=1) / len(acc) ** 0.5
@@ -317,7 +320,8 @@ def draw(form, rng):
 
 def new_sample(number, task, config, encode):
     """(2, --context): tokens, and 1 on those of answers, else 0. Needles in a haystack, then a
-    question and its answer; for training, where number >= 0, one a key. ValueError without room.
+    question and its answer, or one of every key where number >= 0: for training. ValueError
+    without room.
     """
     hay, key, value, n_keys, n_values = TASKS[task]
     rng = random.Random(f"{config.seed} {number}")
@@ -327,9 +331,8 @@ def new_sample(number, task, config, encode):
     while len(values) < n_keys:
         values[draw(key, rng)] = [draw(value, rng) for _ in range(n_values)]
     needles = [name + each + "." for name in values for each in values[name]]
-    asked = [[name] for name in rng.sample([*values], n_keys)]
-    if task == "multiquery":
-        asked = [[*values]]
+    order = rng.sample([*values], n_keys)
+    asked = [[*values]] if task == "multiquery" else [[name] for name in order]     # by question
     ends = []
     for names in asked if number >= 0 else asked[:1]:
         told = [each for name in names for each in values[name]]
@@ -430,6 +433,7 @@ def main(argv=None):
     flags = eval_flags().parse_args(argv)
     folders = flags.compare or [flags.out]
     paths = flags.checkpoint or [file_of("D1", folder) for folder in folders]
+    require(flags.niah or not flags.write, "--write goes with --niah")
     if flags.write:
         known = flags.checkpoint or os.path.exists(paths[0])
         config, *_ = inherit(eval_flags(), argv, paths[0] if known else None, NOT_DEFAULTS)

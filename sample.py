@@ -84,8 +84,8 @@ def summary(n_prompt, stamps, cache, config):
 # ---- Bench ---------------------------------------------------------------------------------------
 
 def bench(name, model, flags):
-    """Print a Markdown table: D1, the patterns, each with one sequence and the largest batch. A
-    batch of 0: memory does not last for one.
+    """Print a Markdown table: D1, the patterns, each with one sequence and the largest batch. of
+    dense: of D1's tok/s in such a row. A batch of 0: not even one sequence fits the memory.
     """
     copy = copy_bandwidth(flags)
     print(f"{name}: {flags.tokens} tokens decoded greedily; a copy moves {copy / 1e9:.0f} GB/s\n\n"
@@ -124,7 +124,7 @@ def copy_bandwidth(flags):
 
 
 def largest_batch(cache, flags):
-    """How many caches of so many bytes fill 9/10 of the free memory, on a CPU of 4 GB."""
+    """How many caches of so many bytes fill 9/10 of the free memory. A CPU counts as 4 GB."""
     free = torch.cuda.mem_get_info()[0] if on_gpu(flags) else 4e9
     most = flags.max_batch or (8192 if on_gpu(flags) else 8)
     return int(max(1, min(most, 0.9 * free // cache)))

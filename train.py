@@ -73,13 +73,16 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
             losses[str(each)], norm = update(model, optimizers, idx, targets, each, config)
         done = step + 1
-        stopped = summed(torch.tensor(len(signals))).item() > 0
         due = 0 in (done % config.log_interval, done % config.eval_interval)
-        if not (due or stopped or done in (first + 1, config.steps)):
+        due = due or done in (first + 1, config.steps)
+        if due:
+            norm.item()                         # waits, so that no signal comes too late
+        stopped = summed(torch.tensor(len(signals))).item() > 0
+        if not (due or stopped):
             continue
         values = summed(torch.stack([*losses.values()]).double().cpu()).tolist()
         losses = dict(zip(losses, values))
-        norm = norm.item()                      # of the whole batch already
+        norm = norm.item()
         require(math.isfinite(sum(values) + norm), f"training stopped at step {done}: losses "
                 f"{losses}, gradient norm {norm}")
         seconds = (time.perf_counter() - start) / (done - reported)
@@ -96,10 +99,9 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
 
 def updates(step, config, pattern, arl):
     """The patterns of the updates of a step, in order. They follow from the seed and the step."""
-    rng = np.random.default_rng((config.seed, step, 1))         # apart from that of the windows
-    both = [pattern]
-    if arl:
-        both.insert(0, arl[rng.integers(len(arl))])
+    rng = np.random.default_rng((config.seed, step, 1))         # 1: apart from `Windows.order`
+    sparse = [arl[rng.integers(len(arl))]] if arl else []
+    both = [*sparse, pattern]
     return [both[rng.integers(len(both))]] if config.one_update else both
 
 
@@ -141,13 +143,14 @@ def new_optimizers(model, config):
     takes the matrices of the blocks, scaled so that both can share a learning rate.
     """
     muon = config.optimizer == "muon"
-    mine = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
-    matrices = {*mine}
-    rest = [p for p in model.parameters() if p not in matrices]
+    matrices = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
+    taken = {*matrices}
+    rest = [p for p in model.parameters() if p not in taken]
     decay = {"lr": config.lr, "weight_decay": config.weight_decay}
     optimizers = {"optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=True, **decay)}
-    if mine:
-        optimizers["muon"] = torch.optim.Muon(mine, adjust_lr_fn="match_rms_adamw", **decay)
+    if muon:
+        match = {"adjust_lr_fn": "match_rms_adamw", **decay}
+        optimizers["muon"] = torch.optim.Muon(matrices, **match)
     return optimizers
 
 
@@ -182,7 +185,7 @@ if dist.is_torchelastic_launched():
 
 
 def summed(values):
-    """A tensor, which becomes its sum over all processes. On a CPU they wait for each other."""
+    """Sum a tensor over all processes, in place, and return it. They wait for each other."""
     if WORLD > 1:
         dist.all_reduce(values)
     return values
@@ -280,7 +283,7 @@ def bytes_read(cache, t):
 
 class Windows:
     """The windows of T tokens in files, [(tokens, mask)] of `open_bin`, numbered through all. One
-    begins every `stride` tokens. Side by side, the last may lack its last target.
+    begins every `stride` tokens. With a stride of T the last window may lack its last target.
     """
 
     def __init__(self, files, stride, config, coder):
@@ -576,7 +579,8 @@ def add_training_flags(parser):
             ("--log-interval", 10, "steps between log lines"),
             ("--eval-interval", 250, "steps between saves and validations")):
         flag(name, type=type(default), default=default, help=text)
-    flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: ten times the --lr")
+    flag("--optimizer", choices=("adamw", "muon"), default="adamw",
+         help="muon wants ten times the --lr of adamw")
     flag("--compile", action=SWITCH, help="torch.compile the blocks; default: on a GPU")
     flag("--checkpointing", action=SWITCH, default=False, help="less memory: compute anew")
     flag = parser.add_mutually_exclusive_group().add_argument
@@ -624,10 +628,10 @@ def check_training(config):
 
 
 OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what checkpoints do not keep
-NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # by what starts from a checkpoint
+NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # what a new run does not take over
+# What --resume may change: the data's place, the steps, and what changes rounding at most.
 MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
               "checkpointing", *OF_A_CALL}
-# What --resume may change: the data's place, how many steps, and what is rounding at most.
 
 
 def inherit(parser, argv, path, left_out):
@@ -707,7 +711,7 @@ def catch_signals():
 
     def catch(number, frame):
         signals.append(number)
-        if WORLD == 1:
+        if not dist.is_torchelastic_launched():
             signal.signal(number, signal.default_int_handler)
 
     hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)             # Windows has none
@@ -760,7 +764,7 @@ def fingerprint(model):
 
 
 def save(path, model, optimizers={}, **meta):
-    """Save in process 0. The others wait: torchrun kills it soon after one of them ends."""
+    """Save in process 0. The others wait: if one ended, torchrun would kill process 0 too."""
     if RANK == 0:
         states = {name: each.state_dict() for name, each in optimizers.items()}
         save_checkpoint(path, model, **meta, **states)
@@ -810,8 +814,9 @@ def settle(argv):
     left_out = set() if typed.resume else NOT_INHERITED | {"data_key"}
     config, model, meta = inherit(parser, argv, start, left_out)
     require("optimizer" in meta or not config.resume, f"train.py has not made {start}")
-    if not config.resume and {config.pattern, meta.get("pattern", "D1")} != {"D1"}:
-        config.arl = typed.arl                          # that of a checkpoint is for dense training
+    stays_dense = config.pattern == meta.get("pattern", "D1") == "D1"
+    if not (config.resume or stays_dense):
+        config.arl = typed.arl                          # a checkpoint's is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
     check_training(config)
@@ -827,12 +832,12 @@ def main(argv=None):
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in RATConfig.__dataclass_fields__}
     model = model or RATPlus(RATConfig(**shape))
-    refuse_changes(config.checkpoint, asdict(model.config), config)
     model.to(config.device)
     pattern = Pattern.parse(config.pattern).check(model.config)
     arl = [Pattern.parse(name).check(model.config) for name in config.arl if name != "none"]
     kept = {"pattern": config.pattern, "tokenizer": config.tokenizer, "train": recorded(config)}
     if config.checkpoint:
+        refuse_changes(config.checkpoint, asdict(model.config), config)         # a typed shape
         kept["parent"] = meta.get("parent") or fingerprint(model)
     optimizers = new_optimizers(model, config)
     step = 0

@@ -301,7 +301,7 @@ def test_choices_are_scored_as_defined(capsys, monkeypatch, eval_batch):
     on_cpu("--choices", "mixed.jsonl", "single.jsonl", "--pattern", "D4", "W0", "--eval-batch",
            eval_batch)
     out, err = capsys.readouterr()
-    assert re.search("mixed.jsonl: 1 items fill.*; 1 with a longer choice are left out", err)
+    assert re.search("mixed.jsonl: 1 items fill.*; 1 whose choice alone.* left out", err)
     assert err.count("fill") == 1
     dense = {}
     found = iter(seen)

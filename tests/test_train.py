@@ -878,7 +878,7 @@ NAMED = ("--steps many; --steps 0; --clip -1; --lr nan; --lr inf; --vocab-size 0
 
 
 @pytest.mark.parametrize("script, args, why", [
-    ("train", "--data text --tokenizer ids", "no tokenizer for this vocabulary"),
+    ("train", "--data text --tokenizer ids", "a text needs --tokenizer bytes or gpt2"),
     ("train", "--data text --eot 32", "--eot 32: end-of-text of bytes is 256"),
     ("train", "--data text --context 99999", "more than the --context of 99999 are needed"),
     ("train", "--data text --out file", "file"),
