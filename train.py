@@ -125,6 +125,7 @@ def update(model, optimizers, idx, targets, pattern, config):
     for optimizer in optimizers.values():
         optimizer.step()
         optimizer.zero_grad()
+    model.zero_grad()
     return total, norm
 
 
@@ -142,15 +143,26 @@ def new_optimizers(model, config):
     """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it. But Muon
     takes the matrices of the blocks, scaled so that both can share a learning rate.
     """
-    muon = config.optimizer == "muon"
-    matrices = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
-    taken = {*matrices}
-    rest = [p for p in model.parameters() if p not in taken]
+    parts = {}                      # of Muon's parameters: in_proj holds a matrix each of o, q ...
+    if config.optimizer == "muon":
+        for name, p in model.blocks.named_parameters():
+            if p.dim() == 2:
+                rows = model.config.n_embd if "in_proj" in name else len(p)
+                parts[p] = p.detach().split(rows)
+    rest = [p for p in model.parameters() if p not in parts]
     decay = {"lr": config.lr, "weight_decay": config.weight_decay}
     optimizers = {"optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=True, **decay)}
-    if muon:
-        match = {"adjust_lr_fn": "match_rms_adamw", **decay}
-        optimizers["muon"] = torch.optim.Muon(matrices, **match)
+    if parts:
+        matrices = [matrix for each in parts.values() for matrix in each]
+        muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **decay)
+
+        def split_gradients(*_):
+            for p, each in parts.items():
+                for matrix, gradient in zip(each, p.grad.split(len(each[0]))):
+                    matrix.grad = gradient
+
+        muon.register_step_pre_hook(split_gradients)
+        optimizers["muon"] = muon
     return optimizers
 
 

@@ -179,12 +179,16 @@ def by_hand(model, tokens, config, updates, lrs):
     decay = {"weight_decay": config.weight_decay}
     adamw = {"betas": (0.9, 0.95), "fused": True, **decay}
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    stacked = [block.mix.in_proj.weight for block in model.blocks]      # of o, q, k, v, g
+    parts = [part for p in stacked for part in p.detach().split(model.config.n_embd)]
     rest = [p for p in model.parameters() if p.dim() == 1]
     optimizers = [torch.optim.AdamW([model.embed.weight, *rest], **adamw)]
     if config.optimizer == "muon":
-        optimizers += [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **decay)]
+        decay["adjust_lr_fn"] = "match_rms_adamw"
+        single = [p for p in matrices if len(p) != len(stacked[0])]
+        optimizers.append(torch.optim.Muon([*single, *parts], **decay))
     else:
-        optimizers += [torch.optim.AdamW(matrices, **adamw)]
+        optimizers.append(torch.optim.AdamW(matrices, **adamw))
     found = []
     for (idx, targets), patterns, lr in zip(batches_by_hand(tokens, config), updates, lrs):
         for pattern in patterns:
@@ -193,6 +197,9 @@ def by_hand(model, tokens, config, updates, lrs):
                 loss = model.loss(idx, targets, pattern)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or 1e9)
+            gradients = torch.cat([p.grad for p in stacked])
+            for part, gradient in zip(parts, gradients.split(model.config.n_embd)):
+                part.grad = gradient
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = lr
                 optimizer.step()
