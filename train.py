@@ -141,9 +141,10 @@ def schedule(step, config):
 
 def new_optimizers(model, config):
     """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it. But Muon
-    takes the matrices of the blocks, scaled so that both can share a learning rate.
+    takes the matrices of the blocks, scaled so that both can share a learning rate. It makes each
+    orthogonal by itself, so those of o, q, k, v, g, which in_proj stacks, are handed over apart.
     """
-    parts = {}                      # of Muon's parameters: in_proj holds a matrix each of o, q ...
+    parts = {}                                          # parameter: the matrices that it stacks
     if config.optimizer == "muon":
         for name, p in model.blocks.named_parameters():
             if p.dim() == 2:
@@ -447,7 +448,6 @@ def tokenize(sources, tokenizer, split_on=None):
     """The folder under .cache with train.bin and val.bin of all texts of the sources. They are
     tokenized once: the folder's name holds a hash of their places and contents.
     """
-    sources = [sources] if isinstance(sources, str) else sources
     texts = [text for source in sources for text in find_texts(source)]
     key = hashlib.md5(ascii([tokenizer, split_on, texts]).encode())
     for _, path in texts:

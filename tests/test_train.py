@@ -542,7 +542,7 @@ def test_the_key_of_data_tells_them_from_others():
 
 def split(source="text", **given):
     """The documents on both sides of a tokenized source."""
-    folder = train.tokenize(source, "bytes", **given)
+    folder = train.tokenize([source], "bytes", **given)
     sides = []
     for name in ("train", "val"):
         *documents, rest = Path(folder, f"{name}.bin").read_bytes().split(b"\0\1")      # 256
