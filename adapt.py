@@ -35,6 +35,9 @@ def settle(argv):
     parser.set_defaults(steps=max(40, config.steps // 100), lr=lr, warmup=0.0)
     config = parser.parse_args(argv)
     check_training(config)
+    require(meta["pattern"] == "D1", f"{path} was trained for {meta['pattern']}, not densely")
+    files = [file_of(name, config.out) for name in config.pattern]
+    require(path not in files, f"--pattern D1 would take the place of {path}")
     return config, model, meta
 
 

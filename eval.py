@@ -88,7 +88,7 @@ def rows_of(path, model, meta, config):
     own = meta["pattern"]
     folder = os.path.dirname(path)
     name = f"{model.config.name} ({path if config.checkpoint else folder})"
-    parents = fingerprint(model), meta.get("parent", "")        # fine-tuning keeps the parent
+    parents = fingerprint(model), meta.get("parent", "")        # fine-tuned files share a parent
     beside = [] if config.checkpoint else glob.glob("*.pt", root_dir=folder)
     adapted = {}
     for other in sorted({*beside} - {"dense.pt"}):
@@ -96,8 +96,9 @@ def rows_of(path, model, meta, config):
         try:
             found, about = load_checkpoint(file)
             pattern = about["pattern"]
-            require(about.get("parent") in parents and file == file_of(pattern, folder),
-                    f"{file} is no file that adapt.py made from {path}")
+            right = about.get("parent") in parents[:1 if "adapt" in about else 2]
+            require(right and file == file_of(pattern, folder), f"{file} is no file that adapt.py "
+                    f"made from {path}")
             adapted[pattern] = found
         except (ValueError, OSError) as error:
             note(f"left out: {error}")
@@ -257,8 +258,9 @@ def choices_cell(items, found, dense):
     """A cell. found, dense: what `score` gave for this row, and for the model's D1 row."""
     acc, norm, ll = found.T
     delta = acc - dense[:, 0]
-    error = 100 * acc.std(ddof=1) / len(acc) ** 0.5
-    delta_error = 100 * delta.std(ddof=1) / len(acc) ** 0.5
+    n = max(1, len(acc) - 1)
+    error = 100 * acc.std() / n ** 0.5
+    delta_error = 100 * delta.std() / n ** 0.5
     ppl = torch.tensor(-ll.mean()).exp()                # inf where it is too large for a float
     single = all(len(choices) == 1 for choices, _ in items)
     text = f"{100 * acc.mean():.1f} ± {error:.1f}"

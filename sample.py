@@ -34,8 +34,10 @@ def find_weights(flags):
     model, meta = load_checkpoint(path, flags.device)
     if path not in (flags.checkpoint, dense) and os.path.exists(dense):
         parent, about = load_checkpoint(dense)
-        require(meta.get("parent") in (None, fingerprint(parent), about.get("parent")), f"{path} "
-                f"was adapted from other weights than {dense} holds now: run adapt.py again")
+        parents = fingerprint(parent), None, about.get("parent")        # None: it was not adapted
+        right = meta.get("parent") in parents[:1 if "adapt" in meta else 3]
+        require(right, f"{path} was adapted from other weights than {dense} holds now: run "
+                "adapt.py again")
     if meta["pattern"] != pattern and not flags.bench:
         note(f"warning: {path} was trained for {meta['pattern']}, not for {pattern}; see adapt.py")
     flags.tokenizer = flags.tokenizer or meta["tokenizer"]
@@ -193,6 +195,8 @@ def main(argv=None):
     flags = parser.parse_args(argv)
     flags.pattern = flags.pattern or (["D16", "D64", "D16W256S4"] if flags.bench else ["D1"])
     check(flags)
+    require(min(flags.contexts) >= 1, "--contexts: at least 1 is needed")
+    require(flags.bench or len(flags.pattern) == 1, "--pattern: several are for --bench")
     require(on_gpu(flags) or not flags.compile, "--compile is for the steps of a GPU")
     torch.manual_seed(flags.seed)
     if flags.bench and not flags.checkpoint:

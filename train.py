@@ -399,7 +399,7 @@ def open_bin(path):
     tokens = np.memmap(path, "<u2", "r", offset)
     words = tokens[:1000]
     low, high = sorted((words[::2].max(), words[1::2].max(initial=0)))
-    wide = low <= (3 if high > 4095 else 0)             # every second one is half of 32 bits
+    wide = len(words) > 1 and low <= (3 if high > 4095 else 0)         # 32 bits: high halves are 0
     halves = [np.bincount(half, minlength=256) for half in (words & 255, words >> 8)]
     alike = high > 511 and np.minimum(*halves).sum() > 0.75 * len(words)
     require(not wide and not alike, f"{path} looks like numbers of 32 bits, one byte a token, or "
@@ -487,6 +487,8 @@ def write_tokens(texts, coder, split_on, folder):
                 for document in filter(None, part.split(split_on or "\0")):
                     coder.write(document, file)
                     n_documents += 1
+        require(train.tell() and val.tell(), f"--data: of {len(texts)} files {n_texts} are UTF-8 "
+                "text, too few for training and validation")
     note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; the "
          "others are not UTF-8")
 
@@ -684,7 +686,7 @@ def check(config):
         if type(value) in (int, float) and name != "eot":
             least = 1 if type(value) is int and name != "seed" else 0
             flag = name.replace("_", "-")
-            require(least <= value < math.inf, f"--{flag} {value}: at least {least} is needed")
+            require(least <= value < 2**31, f"--{flag} {value}: from {least} on, below 2^31")
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.device == "cuda":
         config.device = f"cuda:{LOCAL_RANK}"
@@ -855,6 +857,8 @@ def main(argv=None):
     step = 0
     if config.resume:
         step = meta["step"]
+        if step >= config.steps:
+            note(f"{path} has {step} steps already")
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(meta[name])
     per_byte = bytes_per_token(val)

@@ -103,6 +103,10 @@ def test_adapted_weights_of_another_dense_run_are_refused(capsys):
     assert sampled(capsys, *flags)[0] == old, "both were fine-tuned from one run"
     os.remove("out/dense.pt")
     assert sampled(capsys, *flags)[0] == old, "with nothing to compare it with"
+    write_weights("out/dense.pt", "D1", parent=parent)
+    write_weights("out/D4.pt", "D4", parent=parent, adapt={})
+    with pytest.raises(ValueError, match="run adapt.py again"):
+        call(*flags)
 
 
 @pytest.mark.parametrize("flags, why", [
@@ -111,6 +115,8 @@ def test_adapted_weights_of_another_dense_run_are_refused(capsys):
     (["--prompt", "five", "--tokenizer", "ids"], "write token ids"),
     (["--compile"], "--compile is for the steps of a GPU"),
     (["--pattern", "D1/D2/D4"], "does not fit"),
+    (["--pattern", "D1", "D4"], "several are for --bench"),
+    (["--bench", "--contexts", "4", "0"], "--contexts: at least 1"),
     (["--out", "nowhere"], "nowhere/dense.pt")])
 def test_what_can_not_be_is_refused_before_the_first_token(flags, why, capsys):
     with pytest.raises((ValueError, OSError), match=why):
