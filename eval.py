@@ -42,8 +42,8 @@ from torch.nn.utils.rnn import pad_sequence
 from model import Cache, Pattern, load_checkpoint, require
 from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte,
                    bytes_per_token, bytes_read, check, evaluate, file_of, fingerprint, header,
-                   inherit, keys_per_token, load_data, move, new_parser, note, pattern_flag,
-                   positions, run)
+                   inherit, keys_per_token, load_data, made_from, move, new_parser, note,
+                   pattern_flag, positions, run)
 
 
 LABEL = ["pattern", "weights", "model"]                     # the first columns of a table
@@ -88,7 +88,7 @@ def rows_of(path, model, meta, config):
     own = meta["pattern"]
     folder = os.path.dirname(path)
     name = f"{model.config.name} ({path if config.checkpoint else folder})"
-    parents = fingerprint(model), meta.get("parent", "")        # fine-tuned files share a parent
+    dense = fingerprint(model)
     beside = [] if config.checkpoint else glob.glob("*.pt", root_dir=folder)
     adapted = {}
     for other in sorted({*beside} - {"dense.pt"}):
@@ -96,9 +96,8 @@ def rows_of(path, model, meta, config):
         try:
             found, about = load_checkpoint(file)
             pattern = about["pattern"]
-            right = about.get("parent") in parents[:1 if "adapt" in about else 2]
-            require(right and file == file_of(pattern, folder), f"{file} is no file that adapt.py "
-                    f"made from {path}")
+            right = made_from(about, dense, meta) and file == file_of(pattern, folder)
+            require(right, f"{file} is no file that adapt.py made from {path}")
             adapted[pattern] = found
         except (ValueError, OSError) as error:
             note(f"left out: {error}")

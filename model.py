@@ -496,7 +496,7 @@ class GroupCache:
             return attend(q, k, v, self.rule, summaries)
         p = torch.arange(start, device=q.device)
         if on_kernels(q):
-            p = p[max(start - self.kept.ring, 0):]   # the kernel reads the others in place
+            p = p[max(start - self.kept.ring, 0):]     # the kernel reads the others in place
         else:
             p = p[self.kept.allowed(start, p)]         # later queries see no others
         keys = k

@@ -21,8 +21,8 @@ from itertools import islice, product
 import torch
 
 from model import PRESETS, Cache, Pattern, RATConfig, RATPlus, load_checkpoint, require
-from train import (Tokenizer, bytes_read, check, file_of, fingerprint, header, new_parser, note,
-                   on_gpu, out_of_memory, pattern_flag, run)
+from train import (Tokenizer, bytes_read, check, file_of, fingerprint, header, made_from,
+                   new_parser, note, on_gpu, out_of_memory, pattern_flag, run)
 
 
 def find_weights(flags):
@@ -34,8 +34,7 @@ def find_weights(flags):
     model, meta = load_checkpoint(path, flags.device)
     if path not in (flags.checkpoint, dense) and os.path.exists(dense):
         parent, about = load_checkpoint(dense)
-        parents = fingerprint(parent), None, about.get("parent")        # None: it was not adapted
-        right = meta.get("parent") in parents[:1 if "adapt" in meta else 3]
+        right = meta.get("parent") is None or made_from(meta, fingerprint(parent), about)
         require(right, f"{path} was adapted from other weights than {dense} holds now: run "
                 "adapt.py again")
     if meta["pattern"] != pattern and not flags.bench:

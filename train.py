@@ -68,10 +68,10 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         lr = schedule(step, config)
         for group in groups:
             group["lr"] = lr
-        idx, targets = batch(step)
+        parts = share(*batch(step), config)
         losses = {}
         for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
-            losses[str(each)], norm = update(model, optimizers, idx, targets, each, config)
+            losses[str(each)], norm = update(model, optimizers, parts, each, config)
         done = step + 1
         due = 0 in (done % config.log_interval, done % config.eval_interval)
         due = due or done in (first + 1, config.steps)
@@ -105,18 +105,14 @@ def updates(step, config, pattern, arl):
     return [both[rng.integers(len(both))]] if config.one_update else both
 
 
-def update(model, optimizers, idx, targets, pattern, config):
-    """One update on a batch (B, T) under a pattern. A process runs its share of it in parts. A part
-    weighs as much as it has of the targets that count, so all losses add up to the batch's mean.
-    Returns the sum of this process, and the norm of the whole gradient, both still on the device.
+def update(model, optimizers, parts, pattern, config):
+    """One update on a batch, of which `parts` is this process's share, under a pattern. Returns the
+    sum of their losses, and the norm of the whole gradient, both still on the device.
     """
-    n = WORLD * config.grad_accum
-    n_targets = (targets != -100).sum().item()
     total = 0.0
-    for x, y in [*zip(idx.chunk(n), targets.chunk(n))][RANK::WORLD]:
-        weight = (y != -100).sum().item() / max(1, n_targets)
+    for idx, targets, weight in parts:
         with autocast(config):
-            loss = model.loss(move(x, config), move(y, config), pattern) * weight
+            loss = model.loss(idx, targets, pattern) * weight
         loss.backward()
         total = total + loss.detach()
     for p in model.parameters():
@@ -125,7 +121,7 @@ def update(model, optimizers, idx, targets, pattern, config):
     for optimizer in optimizers.values():
         optimizer.step()
         optimizer.zero_grad()
-    model.zero_grad()
+    model.zero_grad()                           # in_proj's too, of which Muon has the matrices
     return total, norm
 
 
@@ -204,6 +200,19 @@ def summed(values):
     return values
 
 
+def share(idx, targets, config):
+    """This process's parts of a batch, on its device: [(idx, targets, weight)]. A part weighs as
+    much as it has of the targets that count, so all losses add up to the batch's mean.
+    """
+    n = WORLD * config.grad_accum
+    n_targets = (targets != -100).sum().item()
+    parts = []
+    for x, y in [*zip(idx.chunk(n), targets.chunk(n))][RANK::WORLD]:
+        weight = (y != -100).sum().item() / max(1, n_targets)
+        parts.append((move(x, config), move(y, config), weight))
+    return parts
+
+
 # ---- Evaluation, and what is counted -------------------------------------------------------------
 
 @torch.no_grad()
@@ -264,7 +273,7 @@ def keys_per_token(pattern, config, T):
     return np.mean(layers)
 
 
-@functools.lru_cache
+@functools.lru_cache                                    # many layers share a rule
 def mean_keys(rule, t):
     """Mean number of keys that queries at t (n,) attend to. Any top-k blocks are as many keys, so
     the first ones are taken.
@@ -434,10 +443,10 @@ def find_texts(source):
         real = os.path.realpath(folder)
         folders[:] = [] if real in visited else sorted({*folders} - left_out)
         visited.add(real)
-        run = any(name.endswith(".pt") for name in names)
+        is_run = any(name.endswith(".pt") for name in names)
         for path in sorted(os.path.join(folder, name) for name in names):
             name = os.path.relpath(path, root)
-            skipped = run or name.startswith(".") or "/." in name
+            skipped = is_run or name.startswith(".") or "/." in name
             if os.path.isfile(path) and not skipped and name.endswith(".py" if stdlib else ""):
                 found.setdefault(os.path.realpath(path), name)
     require(found, f"--data {source}: no such file or folder, or nothing in it")
@@ -542,9 +551,10 @@ class Tokenizer:
 def bytes_per_token(windows):
     """Mean bytes of text of a validation target; 0 of ids, None if tiktoken has no vocabulary."""
     _, targets = windows.spread
+    tokens, counts = targets[targets >= 0].unique(return_counts=True)
     with contextlib.suppress(OSError, ValueError, ImportError):         # offline, or no tiktoken
-        texts = map(windows.coder.bytes_of, targets[targets >= 0].tolist())
-        return np.mean([*map(len, texts)])
+        sizes = [len(windows.coder.bytes_of(token)) for token in tokens.tolist()]
+        return np.average(sizes, weights=counts)
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -775,6 +785,15 @@ def file_of(pattern, out):
 def fingerprint(model):
     """Eight hex digits that tell weights from others; checkpoints name their first parent so."""
     return hashlib.md5(model.embed.weight.detach().float().cpu().numpy()).hexdigest()[:8]
+
+
+def made_from(meta, weights, about):
+    """Was a checkpoint with this meta adapted from dense weights, given by their fingerprint and by
+    `about`, their own meta? Or were both fine-tuned from what was pretrained in one run?
+    """
+    parent = meta.get("parent")
+    fine_tuned = parent is not None and "adapt" not in meta
+    return parent == weights or fine_tuned and parent == about.get("parent")
 
 
 def save(path, model, optimizers={}, **meta):
