@@ -59,7 +59,12 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only these make the host
     wait for the device. ValueError if one is not finite, so none is saved with weights of NaN.
     """
-    prepare(model, config)
+    model.checkpointing = config.checkpointing
+    if on_gpu(config):
+        torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
+        model.compile(dynamic=False)
     groups = [group for each in optimizers.values() for group in each.param_groups]
     flops = flops_per_token(model, pattern, arl, config)
     start = time.perf_counter()
@@ -75,8 +80,6 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         done = step + 1
         due = 0 in (done % config.log_interval, done % config.eval_interval)
         due = due or done in (first + 1, config.steps)
-        if due:
-            norm.item()                         # waits, so that no signal comes too late
         stopped = summed(torch.tensor(len(signals))).item() > 0
         if not (due or stopped):
             continue
@@ -161,16 +164,6 @@ def new_optimizers(model, config):
         muon.register_step_pre_hook(split_gradients)
         optimizers["muon"] = muon
     return optimizers
-
-
-def prepare(model, config):
-    """Make the model train as the flags say."""
-    model.checkpointing = config.checkpointing
-    if on_gpu(config):
-        torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
-    if config.compile:
-        torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
-        model.compile(dynamic=False)
 
 
 def autocast(config):
@@ -317,6 +310,9 @@ class Windows:
         self.starts = [range(0, size - self.T + (stride > 1), stride) for size in sizes]
         self.total = sum(map(len, self.starts))
         self.n_tokens = sum(sizes)
+        require((self.spread[1] != -100).any(), f"{files[0][0].filename}: no target counts in its "
+                f"{self.n_tokens} tokens: more than the --context of {self.T} are needed, or "
+                "another mask")
 
     @functools.lru_cache(2)
     def order(self, epoch):
@@ -364,9 +360,8 @@ def load_data(config):
     they are open, and data_key, which tells these tokens from others wherever they lie. If it held
     another key, stderr says so.
     """
-    require(config.data and all(config.data), "--data is empty, or the checkpoint does not say "
-            "what it was trained on: --data is needed")
-    folders = [each for each in config.data if os.path.exists(os.path.join(each, "train.bin"))]
+    require(config.data, "the checkpoint does not say what it was trained on: --data is needed")
+    folders = [each for each in config.data if os.path.exists(f"{each}/train.bin")]
     texts = [each for each in config.data if each not in folders]
     config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
     coder = Tokenizer(config.tokenizer, config.eot)
@@ -383,10 +378,6 @@ def load_data(config):
     masked = any(mask is not None for _, mask in val)
     train = Windows(train, config.context, config, coder)   # side by side, as masked samples are
     val = Windows(val, config.context if masked else 1, config, coder)
-    for windows in (train, val):
-        require((windows.spread[1] != -100).any(), f"{windows.files[0][0].filename}: no target "
-                f"counts in its {windows.n_tokens} tokens: more than the --context of "
-                f"{config.context} are needed, or another mask")
     key = data_key(files)
     if config.data_key not in (None, key):
         note(f"warning: {' '.join(config.data)} has changed since the training, or is other data: "
@@ -753,9 +744,8 @@ def out_of_memory(error):
 
 def run(main):
     """Call main() as a script. Bad input, a lack of memory and Ctrl-C end it with one line."""
-    with contextlib.suppress(AttributeError):               # closed, or a notebook's
+    with contextlib.suppress(AttributeError):               # closed, or a notebook's; Windows
         sys.stdout.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
-    if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # a reader as `head` ends it silently
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

@@ -354,7 +354,8 @@ def test_compile_is_on_by_default_on_a_gpu_alone(monkeypatch, device, flags, com
     compiled = []
     monkeypatch.setattr(RATPlus, "compile", lambda model, **options: compiled.append(model))
     model = tiny_model()
-    train.prepare(model, settings(*flags, "--checkpointing"))
+    config = settings(*flags, "--checkpointing")
+    assert not [*train.fit(model, config, None, {}, *DENSE_AND_D4, first=config.steps)]
     assert len(compiled) == compiles and model.checkpointing
 
 
