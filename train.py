@@ -109,9 +109,7 @@ def updates(step, config, pattern, arl):
 
 
 def update(model, optimizers, parts, pattern, config):
-    """One update on a batch, of which `parts` is this process's share, under a pattern. Returns the
-    sum of their losses, and the norm of the whole gradient, both still on the device.
-    """
+    """One update on parts of a batch. Returns the sum of their losses and the gradient's norm."""
     total = 0.0
     for idx, targets, weight in parts:
         with autocast(config):
@@ -144,11 +142,10 @@ def new_optimizers(model, config):
     orthogonal by itself, so those of o, q, k, v, g, which in_proj stacks, are handed over apart.
     """
     parts = {}                                          # parameter: the matrices that it stacks
-    if config.optimizer == "muon":
-        for name, p in model.blocks.named_parameters():
-            if p.dim() == 2:
-                rows = model.config.n_embd if "in_proj" in name else len(p)
-                parts[p] = p.detach().split(rows)
+    for name, p in model.blocks.named_parameters():
+        if config.optimizer == "muon" and p.dim() == 2:
+            rows = model.config.n_embd if "in_proj" in name else len(p)
+            parts[p] = p.detach().split(rows)
     rest = [p for p in model.parameters() if p not in parts]
     decay = {"lr": config.lr, "weight_decay": config.weight_decay}
     optimizers = {"optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=True, **decay)}
@@ -194,9 +191,7 @@ def summed(values):
 
 
 def share(idx, targets, config):
-    """This process's parts of a batch, on its device: [(idx, targets, weight)]. A part weighs as
-    much as it has of the targets that count, so all losses add up to the batch's mean.
-    """
+    """[(idx, targets, weight)] of this process. Weighted, all losses add up to the batch's mean."""
     n = WORLD * config.grad_accum
     n_targets = (targets != -100).sum().item()
     parts = []
@@ -211,9 +206,7 @@ def share(idx, targets, config):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")               # compiling would take longer than it saves
 def evaluate(model, windows, pattern, config):
-    """Mean loss (nats per token) over the targets of a Windows, spread evenly. Those after
-    end-of-text count too, those that a mask excludes do not.
-    """
+    """Mean loss (nats per token) over `windows.spread`. Targets after end-of-text count too."""
     idx, targets = windows.spread
     total = 0.0
     for x, y in zip(idx.split(config.eval_batch), targets.split(config.eval_batch)):
@@ -233,8 +226,7 @@ PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090"
 
 def peak_flops(config):
     """FLOP/s of all devices in dense bfloat16; infinite for unknown cards, to show no MFU."""
-    used = config.dtype == "bfloat16" and on_gpu(config)
-    name = torch.cuda.get_device_name() if used else ""
+    name = torch.cuda.get_device_name() if on_gpu(config) and config.dtype == "bfloat16" else ""
     known = [PEAKS[card] for card in PEAKS if card in name]
     return WORLD * 1e12 * known[0] if known else math.inf
 
@@ -268,9 +260,7 @@ def keys_per_token(pattern, config, T):
 
 @functools.lru_cache                                    # many layers share a rule
 def mean_keys(rule, t):
-    """Mean number of keys that queries at t (n,) attend to. Any top-k blocks are as many keys, so
-    the first ones are taken.
-    """
+    """Mean number of keys of queries at t (n,). Any top-k blocks are as many: count the first."""
     t = t[:, None]
     p = torch.arange(t.max() + 1)
     keys = rule.allowed(t, p)
@@ -319,9 +309,8 @@ class Windows:
         return np.random.default_rng((self.config.seed, epoch)).permutation(self.total)
 
     def batch(self, step):
-        """idx, targets (B, T) of a training step, which follow from the seed and the step: each
-        window once an epoch, in an order of its own. The target after end-of-text does not count:
-        another document's first token can't be known.
+        """idx, targets (B, T) of a training step: each window once an epoch. The target after
+        end-of-text does not count: another document's first token can't be known.
         """
         B = self.config.batch_size
         places = divmod(step * B + np.arange(B), self.total)
@@ -335,9 +324,7 @@ class Windows:
         return self.cut(np.linspace(0, self.total - 1, most).astype(int))
 
     def cut(self, numbers):
-        """idx, targets (B, T) int64 of numbered windows. A target of -100 does not count: its mask
-        is not 1, or the file ends before it. ValueError for a token beyond the vocabulary.
-        """
+        """idx, targets (B, T) of numbered windows; -100 where a mask is not 1 or the file ends."""
         idx, targets = np.full((2, len(numbers), self.T + 1), -100, np.int64)
         for i, number in enumerate(numbers):
             for (tokens, mask), starts in zip(self.files, self.starts):
@@ -356,9 +343,8 @@ class Windows:
 
 
 def load_data(config):
-    """(train, val): the Windows of config.data. Fills in the tokenizer and the vocabulary's size if
-    they are open, and data_key, which tells these tokens from others wherever they lie. If it held
-    another key, stderr says so.
+    """(train, val): the Windows of config.data. Fills in tokenizer and vocab_size if they are open,
+    and data_key, which tells these tokens from others wherever they lie.
     """
     require(config.data, "the checkpoint does not say what it was trained on: --data is needed")
     folders = [each for each in config.data if os.path.exists(f"{each}/train.bin")]
@@ -437,7 +423,7 @@ def find_texts(source):
         is_run = any(name.endswith(".pt") for name in names)
         for path in sorted(os.path.join(folder, name) for name in names):
             name = os.path.relpath(path, root)
-            skipped = is_run or name.startswith(".") or "/." in name
+            skipped = is_run or "/." in f"/{name}"
             if os.path.isfile(path) and not skipped and name.endswith(".py" if stdlib else ""):
                 found.setdefault(os.path.realpath(path), name)
     require(found, f"--data {source}: no such file or folder, or nothing in it")
@@ -445,9 +431,7 @@ def find_texts(source):
 
 
 def tokenize(sources, tokenizer, split_on=None):
-    """The folder under .cache with train.bin and val.bin of all texts of the sources. They are
-    tokenized once: the folder's name holds a hash of their places and contents.
-    """
+    """The folder of the sources' tokens, made once: its name hashes their places and contents."""
     texts = [text for source in sources for text in find_texts(source)]
     key = hashlib.md5(ascii([tokenizer, split_on, texts]).encode())
     for _, path in texts:
@@ -465,9 +449,8 @@ def tokenize(sources, tokenizer, split_on=None):
 
 
 def write_tokens(texts, coder, split_on, folder):
-    """Write train.bin and val.bin: the tokens of each document, then end-of-text. One text in 20,
-    by its hash, is for validation. Of fewer than 100 texts each one's last 20th is. What is not
-    UTF-8 text is left out.
+    """Write train.bin and val.bin. One text in 20, by its hash, is for validation; of fewer than
+    100 texts each one's last 20th. What is not UTF-8 text is left out.
     """
     note(f"tokenizing {len(texts)} texts")
     n_texts = 0
@@ -487,10 +470,9 @@ def write_tokens(texts, coder, split_on, folder):
                 for document in filter(None, part.split(split_on or "\0")):
                     coder.write(document, file)
                     n_documents += 1
-        require(train.tell() and val.tell(), f"--data: of {len(texts)} files {n_texts} are UTF-8 "
-                "text, too few for training and validation")
-    note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; the "
-         "others are not UTF-8")
+        note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; "
+             "the others are not UTF-8")
+        require(train.tell() and val.tell(), "--data: too few texts for training and validation")
 
 
 class Tokenizer:
@@ -817,11 +799,11 @@ def report(log, text, **record):
 
 
 def log_line(record, config, pattern):
-    losses = dict(record["losses"])
-    main = f" | loss {losses.pop(pattern):.4f}" if pattern in losses else " |"
-    sparse = "".join(f" sparse {loss:.4f}" for loss in losses.values())
+    losses = ""
+    for name, loss in reversed(record["losses"].items()):           # the main update came last
+        losses += f" {'loss' if name == pattern else 'sparse'} {loss:.4f}"
     mfu = f" | MFU {record['mfu']:.0%}" if record["mfu"] else ""
-    return (f"step {record['step']:04}/{config.steps:04}{main}{sparse} | lr {record['lr']:.1e} | "
+    return (f"step {record['step']:04}/{config.steps:04} |{losses} | lr {record['lr']:.1e} | "
             f"norm {record['norm']:.2f} | {record['ms']:.0f} ms | {record['rate'] / 1e3:.1f}k tok/s"
             f"{mfu} | ETA {record['eta']:.1f} min")
 
