@@ -40,10 +40,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import Cache, Pattern, load_checkpoint, require
-from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte,
-                   bytes_per_token, bytes_read, check, evaluate, file_of, fingerprint, header,
-                   inherit, keys_per_token, load_data, made_from, move, new_parser, note,
-                   pattern_flag, positions, run)
+from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bytes_per_token, bytes_read,
+                   check, evaluate, file_of, fingerprint, header, inherit, keys_per_token,
+                   load_data, made_from, move, new_parser, note, pattern_flag, positions, run)
 
 
 LABEL = ["pattern", "weights", "model"]                     # the first columns of a table
@@ -135,7 +134,7 @@ def losses(rows, config):
                  "loss": f"{loss:.3f}",
                  "gap": f"{loss - of_dense[0]:+.3f}",
                  "perplexity": f"{torch.tensor(loss).exp():.2f}",
-                 "bits per byte": f"{bits_per_byte(loss, per_byte):.3f}"}
+                 "bits per byte": f"{loss / math.log(2) / per_byte:.3f}"}
         table.append([pattern, weights, name, *cells.values()])
     print()
     print_row(*LABEL, *cells, head=True)

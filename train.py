@@ -65,14 +65,14 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     if config.compile:
         torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
         model.compile(dynamic=False)
-    groups = [group for each in optimizers.values() for group in each.param_groups]
     flops = flops_per_token(model, pattern, arl, config)
     start = time.perf_counter()
     reported = first                            # steps that were done at the last record
     for step in range(first, config.steps):
         lr = schedule(step, config)
-        for group in groups:
-            group["lr"] = lr
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         parts = share(*batch(step), config)
         losses = {}
         for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
@@ -214,11 +214,6 @@ def evaluate(model, windows, pattern, config):
             loss = model.loss(move(x, config), move(y, config), pattern)
         total += loss.item() * (y != -100).sum().item()
     return total / (targets != -100).sum().item()
-
-
-def bits_per_byte(loss, bytes_per_token):
-    """A loss in nats per token as bits per byte of text."""
-    return loss / math.log(2) / bytes_per_token
 
 
 PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090": 71}   # TFLOP/s
@@ -876,7 +871,7 @@ def main(argv=None):
                 save(path, model, optimizers, step=step, val=losses, **kept)
                 text = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
                 if per_byte:
-                    bits = bits_per_byte(losses[config.pattern], per_byte)
+                    bits = losses[config.pattern] / math.log(2) / per_byte
                     text += f" | {bits:.4f} bits per byte"
                 if on_gpu(config):
                     text += f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"

@@ -496,7 +496,6 @@ def test_bins_are_gpt2_s_unless_a_flag_says_what_they_are(monkeypatch, flags, ex
     train_windows, val_windows = train.load_data(config)
     assert (config.tokenizer, train_windows.coder.eot, config.vocab_size) == expected
     assert train.bytes_per_token(val_windows) == pytest.approx(n_bytes)
-    assert train.bits_per_byte(3 * math.log(2), 1.5) == pytest.approx(2)
 
 
 def llmc(n, *header):
