@@ -15,9 +15,9 @@ import os
 
 from model import Pattern, load_checkpoint
 from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, catch_signals,
-                   check_training, evaluate, file_of, fingerprint, fit, header, inherit, load_data,
-                   log_line, new_optimizers, new_parser, open_log, pattern_flag, recorded,
-                   refuse_changes, report, require, run, save)
+                   check, evaluate, file_of, fingerprint, fit, header, inherit, load_data, log_line,
+                   new_optimizers, new_parser, open_log, pattern_flag, recorded, refuse_changes,
+                   report, require, run, save)
 
 
 def settle(argv):
@@ -34,7 +34,7 @@ def settle(argv):
     lr = min(config.lr / 10, 5e-4)                      # Muon's rates are too high for AdamW
     parser.set_defaults(steps=max(40, config.steps // 100), lr=lr, warmup=0.0)
     config = parser.parse_args(argv)
-    check_training(config)
+    check(config)
     require(meta["pattern"] == "D1", f"{path} was trained for {meta['pattern']}, not densely")
     files = [file_of(name, config.out) for name in config.pattern]
     require(path not in files, f"--pattern D1 would take the place of {path}")

@@ -608,17 +608,6 @@ def pattern_flag(text):
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def check_training(config):
-    """`check`, and that the flags of training fit together. Fills in --compile."""
-    check(config)
-    require(config.batch_size % (WORLD * config.grad_accum) == 0, "--batch-size "
-            f"{config.batch_size} does not split into --grad-accum {config.grad_accum} x {WORLD} "
-            "processes")
-    require(config.warmup <= 1, f"--warmup {config.warmup:g}: it is a share of the steps, 0 to 1")
-    if config.compile is None:
-        config.compile = on_gpu(config)
-
-
 OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what checkpoints do not keep
 NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # what a new run does not take over
 # What --resume may change: the data's place, the steps, and what changes rounding at most.
@@ -659,7 +648,7 @@ def on_gpu(config):
 
 
 def check(config):
-    """Fill in the device and the dtype. ValueError if they or a number are of no use."""
+    """Fill in --device, --dtype and --compile. ValueError for flags that are of no use."""
     for name, value in vars(config).items():
         if type(value) in (int, float) and name != "eot":
             least = 1 if type(value) is int and name != "seed" else 0
@@ -675,6 +664,13 @@ def check(config):
     if on_gpu(config):
         torch.cuda.set_device(config.device)                # where Triton and NCCL work
     config.dtype = config.dtype or ("bfloat16" if on_gpu(config) else "float32")
+    if "batch_size" in config:                                  # the flags of training
+        require(config.batch_size % (WORLD * config.grad_accum) == 0, "--batch-size "
+                f"{config.batch_size} does not split into --grad-accum {config.grad_accum} x "
+                f"{WORLD} processes")
+        require(config.warmup <= 1, f"--warmup {config.warmup:g} is no share of the steps, 0 to 1")
+        if config.compile is None:
+            config.compile = on_gpu(config)
 
 
 # ---- A script as a whole: what it prints and saves, how it ends ----------------------------------
@@ -819,7 +815,7 @@ def settle(argv):
         config.arl = typed.arl                          # a checkpoint's is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
-    check_training(config)
+    check(config)
     return config, model, meta
 
 

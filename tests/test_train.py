@@ -94,7 +94,7 @@ def dense():
 def settings(*args, **given):
     """A config as main makes it, of typed flags and of values that no flag has."""
     config = train.train_flags().parse_args([*TINY, "--dtype", "float32", *map(str, args)])
-    train.check_training(config)
+    train.check(config)
     vars(config).update({"vocab_size": 64, **given})
     return config
 
@@ -350,7 +350,8 @@ def test_what_is_not_finite_is_found_before_a_save():
 @pytest.mark.parametrize("device, flags, compiles", [
     ("cpu", [], 0), ("cuda", [], 1), ("cuda", ["--no-compile"], 0), ("cpu", ["--compile"], 1)])
 def test_compile_is_on_by_default_on_a_gpu_alone(monkeypatch, device, flags, compiles):
-    monkeypatch.setattr(train, "check", lambda config: setattr(config, "device", device))
+    monkeypatch.setattr(train, "on_gpu", lambda config: device == "cuda")
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     compiled = []
     monkeypatch.setattr(RATPlus, "compile", lambda model, **options: compiled.append(model))
     model = tiny_model()
