@@ -346,9 +346,9 @@ def load_data(config):
     texts = [each for each in config.data if each not in folders]
     config.tokenizer = config.tokenizer or ("bytes" if texts else "gpt2")
     coder = Tokenizer(config.tokenizer, config.eot)
-    require(coder.size or not texts, f"--data {' '.join(texts)}: there is no train.bin in it, and "
-            "a text needs --tokenizer bytes or gpt2")
     if texts:
+        require(coder.size, f"--data {' '.join(texts)}: there is no train.bin in it, and a text "
+                "needs --tokenizer bytes or gpt2")
         folders.append(tokenize(texts, coder.name, config.split_on))
     train = [open_bin(f"{folder}/train.bin") for folder in folders]
     val = [open_bin(f"{folder}/val.bin") for folder in folders]
@@ -526,7 +526,13 @@ def bytes_per_token(windows):
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
+
 SWITCH = argparse.BooleanOptionalAction                     # --flag and --no-flag
+OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what checkpoints do not keep
+NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # what a new run does not take over
+# What --resume may change: the data's place, the steps, and what changes rounding at most.
+MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
+              "checkpointing", *OF_A_CALL}
 
 
 def new_parser(doc):
@@ -608,13 +614,6 @@ def pattern_flag(text):
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what checkpoints do not keep
-NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # what a new run does not take over
-# What --resume may change: the data's place, the steps, and what changes rounding at most.
-MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
-              "checkpointing", *OF_A_CALL}
-
-
 def inherit(parser, argv, path, left_out):
     """(config, model, meta) of a script that starts from the checkpoint at `path`, if it is given:
     a flag that is not typed has the value of the checkpoint's run, unless it is left out.
@@ -652,8 +651,7 @@ def check(config):
     for name, value in vars(config).items():
         if type(value) in (int, float) and name != "eot":
             least = 1 if type(value) is int and name != "seed" else 0
-            flag = name.replace("_", "-")
-            require(least <= value < 2**31, f"--{flag} {value}: from {least} on, below 2^31")
+            require(least <= value < 2**31, f"--{name.replace('_', '-')} {value}: {least} to 2^31")
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.device == "cuda":
         config.device = f"cuda:{LOCAL_RANK}"
@@ -773,7 +771,7 @@ def open_log(path, config, first=0):
     """
     if RANK:
         return open(os.devnull, "w")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    os.makedirs(config.out or ".", exist_ok=True)
     log_path = path.removesuffix(".pt") + ".jsonl"
     for old in filter(os.path.exists, () if first else (path, log_path)):
         require(config.overwrite or config.resume, f"{old} exists: --resume goes on with it, "
@@ -784,8 +782,7 @@ def open_log(path, config, first=0):
 
 def report(log, text, **record):
     """A record in the log, and a line on the screen."""
-    log.write(json.dumps(record) + "\n")
-    log.flush()
+    print(json.dumps(record), file=log, flush=True)
     print(text, flush=True)
 
 
@@ -823,8 +820,6 @@ def main(argv=None):
     config, model, meta = settle(argv)
     path = file_of(config.pattern, config.out)
     train, val = load_data(config)
-    if config.resume:
-        refuse_changes(path, meta["train"], config)
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in RATConfig.__dataclass_fields__}
     model = model or RATPlus(RATConfig(**shape))
@@ -838,6 +833,7 @@ def main(argv=None):
     optimizers = new_optimizers(model, config)
     step = 0
     if config.resume:
+        refuse_changes(path, meta["train"], config)
         step = meta["step"]
         if step >= config.steps:
             note(f"{path} has {step} steps already")
