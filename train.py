@@ -115,7 +115,7 @@ def update(model, optimizers, parts, pattern, config):
         with autocast(config):
             loss = model.loss(idx, targets, pattern) * weight
         loss.backward()
-        total = total + loss.detach()
+        total += loss.detach()
     for p in model.parameters():
         summed(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -651,13 +651,14 @@ def check(config):
     for name, value in vars(config).items():
         if type(value) in (int, float) and name != "eot":
             least = 1 if type(value) is int and name != "seed" else 0
-            require(least <= value < 2**31, f"--{name.replace('_', '-')} {value}: {least} to 2^31")
+            flag = name.replace("_", "-")
+            require(least <= value < 2**31, f"--{flag} {value}: from {least} on, below 2^31")
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.device == "cuda":
         config.device = f"cuda:{LOCAL_RANK}"
     try:
         torch.zeros(1, device=config.device).item()         # the device "meta" has nothing to read
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except Exception as error:                              # torch raises all kinds
         raise ValueError(f"--device {config.device}: {error}") from error
     if on_gpu(config):
         torch.cuda.set_device(config.device)                # where Triton and NCCL work
