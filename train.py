@@ -615,9 +615,7 @@ def pattern_flag(text):
 
 
 def inherit(parser, argv, path, left_out):
-    """(config, model, meta) of a script that starts from the checkpoint at `path`, if it is given:
-    a flag that is not typed has the value of the checkpoint's run, unless it is left out.
-    """
+    """(config, model, meta). What is not typed or left out is as in the checkpoint at `path`."""
     config = parser.parse_args(argv)
     if not path:
         return config, None, {}
@@ -716,7 +714,7 @@ def out_of_memory(error):
 
 def run(main):
     """Call main() as a script. Bad input, a lack of memory and Ctrl-C end it with one line."""
-    with contextlib.suppress(AttributeError):               # closed, or a notebook's; Windows
+    with contextlib.suppress(AttributeError):               # closed, a notebook's, on Windows
         sys.stdout.reconfigure(errors="backslashreplace")   # an ASCII terminal shows what it can
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # a reader as `head` ends it silently
     if WORLD > 1:
