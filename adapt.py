@@ -7,15 +7,15 @@ Resolution adaptation: a dense checkpoint becomes a sparse one for each pattern.
 Only the pattern P is trained: no ARL. The paper spends 1 % of the pretraining tokens on it.
 
 `python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. A flag
-that is not typed has the value of the pretraining, but for --steps (a hundredth, at least 40), --lr
-(a tenth, at most 5e-4), --warmup (none), --optimizer (adamw), --seed and --dtype.
+not typed has the pretraining's value, but for --steps (a hundredth, at least 40), --lr (a tenth, at
+most 5e-4), --warmup (none), --optimizer (adamw), --seed, --dtype. --resume keeps finished files.
 """
 import copy
 import os
 
 from model import Pattern, load_checkpoint
-from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, catch_signals,
-                   check, evaluate, file_of, fingerprint, fit, header, inherit, load_data, log_line,
+from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, check, evaluate,
+                   file_of, fingerprint, fit, header, inherit, load_data, log_line,
                    new_optimizers, new_parser, open_log, pattern_flag, recorded, refuse_changes,
                    report, require, run, save)
 
@@ -41,39 +41,29 @@ def settle(argv):
     return config, model, meta
 
 
-def is_done(path, parent, config):
-    """Whether --resume keeps the file. ValueError if it is in the way, or was made otherwise."""
-    if not os.path.exists(path) or config.overwrite:
-        return False
-    require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
-    _, meta = load_checkpoint(path)
-    require("adapt" in meta and meta["parent"] == parent, f"{path} was not adapted from these "
-            "weights: --overwrite adapts anew")
-    refuse_changes(path, meta["adapt"], config, {*MAY_DIFFER, "pattern"} - {"steps"})
-    return True
-
-
 def main(argv=None):
     config, dense, meta = settle(argv)
     patterns = {name: Pattern.parse(name).check(dense.config) for name in config.pattern}
     parent = fingerprint(dense)
     train, val = load_data(config)
-    todo = [name for name in patterns if not is_done(file_of(name, config.out), parent, config)]
     header(dense.to(config.device), config)
     dense_loss = evaluate(dense, val, "D1", config)
     rows = ["| pattern | dense loss | sparse before | sparse after |", "|---|---|---|---|"]
-    signals = catch_signals()
-    for name in todo:
+    for name, pattern in patterns.items():
         path = file_of(name, config.out)
+        if config.resume and os.path.exists(path):
+            _, done = load_checkpoint(path)
+            require("adapt" in done and done["parent"] == parent, f"{path} was not adapted from "
+                    "these weights: --overwrite adapts anew")
+            refuse_changes(path, done["adapt"], config, {*MAY_DIFFER, "pattern"} - {"steps"})
+            continue                                    # it is kept
         with open_log(path, config) as log:
             report(log, f"{name} | {recorded(config)}", step=0, config=recorded(config))
             model = copy.deepcopy(dense)
             before = evaluate(model, val, name, config)
-            for record in fit(model, config, train.batch, new_optimizers(model, config),
-                              patterns[name], signals=signals):
+            optimizers = new_optimizers(model, config)
+            for record in fit(model, config, train.batch, optimizers, pattern):
                 report(log, f"{name} | {log_line(record, config, name)}", **record)
-            if signals:
-                raise KeyboardInterrupt(f"interrupted in {name}; --resume keeps what is adapted")
             after = evaluate(model, val, name, config)
             save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},
                  tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=recorded(config))

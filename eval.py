@@ -20,12 +20,10 @@ line, as lm-evaluation-harness does. `query` may be a list, one a choice.
   delta = acc - acc of the model's D1 row; its standard error is of the differences by item
   With a single choice: acc = share where each of its tokens is the likeliest, ppl = exp(-mean ll)
 
-`--niah` counts values hidden in a text that the greedy continuation holds. A model learns that by
-`python eval.py --niah --write niah` and `python train.py --checkpoint out/dense.pt --data niah
---out out/niah`.
+`--niah` counts the values hidden in a text that the greedy continuation holds. To teach a model:
+`--write niah`, then `python train.py --checkpoint out/dense.pt --data niah --out out/niah`.
 """
 import functools
-import glob
 import gzip
 import json
 import lzma
@@ -33,6 +31,7 @@ import math
 import os
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,9 +40,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import Cache, Pattern, load_checkpoint, require
 from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bytes_per_token, bytes_read,
-                   check, evaluate, file_of, fingerprint, header, inherit, keys_per_token,
-                   load_data, made_from, move, new_parser, note, pattern_flag, positions, run)
-
+                   check, evaluate, file_of, header, inherit, keys_per_token, load_data, made_from,
+                   move, new_parser, note, pattern_flag, positions, refuse_changes, run)
 
 LABEL = ["pattern", "weights", "model"]                     # the first columns of a table
 NOT_DEFAULTS = {*NOT_INHERITED, "pattern"}                  # of the flags that checkpoints hold
@@ -58,44 +56,20 @@ def print_row(*cells, head=False):
 
 # ---- What is evaluated: a list of rows -----------------------------------------------------------
 
-def open_rows(paths, flags, argv):
-    """(config, rows): the rows of all checkpoints. ValueError if they can't be compared."""
-    same = ["tokenizer", "vocab_size", "context"]
-    if not (flags.choices or flags.niah):
-        same += ["eval_windows", "data" if flags.data else "data_key"]
-    configs = []
-    first = None
-    rows = []
-    for path in paths:
-        config, model, meta = inherit(eval_flags(), argv, path, NOT_DEFAULTS)
-        check(config)
-        configs.append(config)
-        mine = {name: getattr(config, name) for name in same}
-        first = first or mine
-        require(mine == first, f"{path} can't be compared with {paths[0]}: {mine}, not {first}")
-        header(model.to(config.device), config)
-        rows += rows_of(path, model, meta, config)
-    order = [pattern for pattern, *_ in rows]                   # D1 first, runs side by side
-    return configs[0], sorted(rows, key=lambda row: order.index(row[0]))
-
-
 def rows_of(path, model, meta, config):
     """[(pattern, weights, name, model)] of a checkpoint: D1, its own pattern, and --pattern, or W0
-    and what adapt.py made from it. Other files are left out, and that is said. weights: dense,
-    adapted to this pattern, or switched, which is trained for another one.
+    and what adapt.py made from it. weights: dense, adapted, or switched: trained for another one.
     """
     own = meta["pattern"]
     folder = os.path.dirname(path)
     name = f"{model.config.name} ({path if config.checkpoint else folder})"
-    dense = fingerprint(model)
-    beside = [] if config.checkpoint else glob.glob("*.pt", root_dir=folder)
+    beside = [] if config.checkpoint else Path(folder).glob("*.pt")
     adapted = {}
-    for other in sorted({*beside} - {"dense.pt"}):
-        file = os.path.join(folder, other)
+    for file in sorted({*beside} - {Path(path)}):
         try:
             found, about = load_checkpoint(file)
             pattern = about["pattern"]
-            right = made_from(about, dense, meta) and file == file_of(pattern, folder)
+            right = made_from(about, model, meta) and file.name == file_of(pattern, "")
             require(right, f"{file} is no file that adapt.py made from {path}")
             adapted[pattern] = found
         except (ValueError, OSError) as error:
@@ -117,14 +91,13 @@ def losses(rows, config):
     _, val = load_data(config)
     per_byte = bytes_per_token(val) or math.nan
     T = config.context
-    dtype = getattr(torch, config.dtype)
     nowhere = torch.empty(0, device="meta")                     # caches that take no memory
     dense = {}
     table = []
     for pattern, weights, name, model in rows:
         loss = evaluate(model, val, pattern, config)
         print(f"{pattern} {weights}: loss {loss:.4f}", flush=True)
-        cache = Cache(model.config, 1, T, pattern, dtype, nowhere)
+        cache = Cache(model.config, 1, T, pattern, getattr(torch, config.dtype), nowhere)
         size = cache.nbytes / T
         read = bytes_read(cache, positions(T))
         of_dense = dense.setdefault(name, (loss, size, read))           # D1 comes first
@@ -168,11 +141,9 @@ def reach(name, model, val, config):
 # ---- Benchmarks: which choice is the likeliest after a query -------------------------------------
 
 def read_item(line, coder, config):
-    """(choices, gold) of a line. Exceptions of any kind if it is bad.
-
-    choices: [(tokens of query and choice, where the choice's begin, its characters)]. Blanks
-    between them count as the choice's. An empty query becomes end-of-text, and one that is too long
-    for the context loses its front.
+    """(choices, gold) of a line, or any exception. choices: [(tokens of query and choice, where the
+    choice's begin, its characters)]. Blanks between them count as the choice's. An empty query
+    becomes end-of-text, and one that is too long for the context loses its front.
     """
     item = json.loads(line)
     queries, texts, gold = item["query"], item["choices"], item["gold"]
@@ -194,10 +165,8 @@ def read_item(line, coder, config):
 
 
 def read_items(path, coder, config):
-    """The items of a file whose choices fit the context; stderr says what does not. ValueError
-    names a bad line.
-    """
-    opened = {".xz": lzma.open, ".gz": gzip.open}.get(os.path.splitext(path)[1], open)
+    """The items of a file whose choices fit the context. ValueError names a bad line."""
+    opened = {".xz": lzma.open, ".gz": gzip.open}.get(path[-3:], open)
     T = config.context
     items = []
     number = full = 0
@@ -219,10 +188,8 @@ def read_items(path, coder, config):
 
 @torch.no_grad()
 def score(model, pattern, items, config):
-    """acc (0 or 1), norm and ll of each item, (n, 3). Equal choices are scored once, so that
-    rounding can't tell them apart.
-    """
-    choices = {choice for item in items for choice in item[0]}
+    """acc (0 or 1), norm and ll of each item, (n, 3)."""
+    choices = {choice for item in items for choice in item[0]}      # equal ones get equal scores
     left = sorted(choices, key=lambda choice: -len(choice[0]))
     scores = {}                     # ll, ll / characters, and is each of the tokens the likeliest
     while left:
@@ -244,11 +211,11 @@ def score(model, pattern, items, config):
             scores[choice] = ll, ll / choice[2], right.all().item()
     found = []
     for choices, gold in items:
-        lls, norms, likeliest = np.array([scores[choice] for choice in choices]).T
-        may_win = len(lls) > 1 or likeliest[0]                  # a single one must be greedy text
-        acc = may_win and lls.argmax() == gold
-        norm = may_win and norms.argmax() == gold
-        found.append((acc, norm, lls[gold]))
+        table = np.array([scores[choice] for choice in choices])    # (choices, 3)
+        acc, norm, _ = table.argmax(0) == gold
+        if len(choices) == 1:                                   # it must be greedy text
+            acc = norm = table[0, 2]
+        found.append((acc, norm, table[gold, 0]))
     return np.array(found, dtype=float)
 
 
@@ -256,14 +223,13 @@ def choices_cell(items, found, dense):
     """A cell. found, dense: what `score` gave for this row, and for the model's D1 row."""
     acc, norm, ll = found.T
     delta = acc - dense[:, 0]
-    n = max(1, len(acc) - 1)
-    error = 100 * acc.std() / n ** 0.5
-    delta_error = 100 * delta.std() / n ** 0.5
+    scale = 100 / max(1, len(acc) - 1) ** 0.5           # makes a deviation a standard error in %
     ppl = torch.tensor(-ll.mean()).exp()                # inf where it is too large for a float
     single = all(len(choices) == 1 for choices, _ in items)
-    text = f"{100 * acc.mean():.1f} ± {error:.1f}"
+    text = f"{100 * acc.mean():.1f} ± {scale * acc.std():.1f}"
     text += f", ppl {ppl:.4g}" if single else f" / {100 * norm.mean():.1f}"
-    return text if found is dense else f"{text} ({100 * delta.mean():+.1f} ± {delta_error:.1f})"
+    more = f" ({100 * delta.mean():+.1f} ± {scale * delta.std():.1f})"
+    return text if found is dense else text + more
 
 
 def benchmarks(rows, config):
@@ -284,13 +250,12 @@ def benchmarks(rows, config):
 
 # ---- Retrieval: values hidden in a long text -----------------------------------------------------
 #
-# In the eight forms of RULER, in words of our own:
+# In the eight forms of RULER, in words of our own. A needle is a key and its value, a question the
+# key alone. The text around them is the haystack:
 #
 #   The river and the stone wait for the rain. Safe magic-cloud: 7154321. The ... Safe magic-cloud:
-#
-# A needle is a key and its value, a question the key alone. The text around them is the haystack.
-# Each name has five letters and is one GPT-2 token. So all needles of a kind are equally long.
 
+# A name has five letters and is one GPT-2 token. So all needles of a kind are equally long.
 NAMES = """angel apple beard blade books boxes brain bread brush cards chain chair clock cloth cloud
     cream dream dress field flame floor fruit ghost glass grass heart horse house image knife magic
     metal money mouse night paper phone plane plant radio river shell shirt stone storm""".split()
@@ -318,11 +283,11 @@ def draw(form, rng):
     return form.format(a=a, b=b, number=number, uuid=f"{rng.getrandbits(128):032X}")
 
 
-def new_sample(number, task, config, encode):
+def new_sample(number, config, encode):
     """(2, --context): tokens, and 1 on those of answers, else 0. Needles in a haystack, then a
-    question and its answer, or one of every key where number >= 0: for training. ValueError
-    without room.
+    question and its answer; for training, where number >= 0, one of every key.
     """
+    task = config.tasks[number % len(config.tasks)]
     hay, key, value, n_keys, n_values = TASKS[task]
     rng = random.Random(f"{config.seed} {number}")
     needle = key + value + "."
@@ -364,29 +329,26 @@ def new_samples(numbers, config):
     def encode(text):
         return [token for piece in PIECE.findall(text) for token in of_piece(piece)]
 
-    tasks = config.tasks
-    return np.stack([new_sample(n, tasks[n % len(tasks)], config, encode) for n in numbers])
+    return np.stack([new_sample(number, config, encode) for number in numbers])
 
 
 def write_niah(config):
     """Write samples one after another, and their masks, as train.py reads them."""
-    require(not os.path.exists(config.write), f"--write {config.write} exists: name a new folder")
     n_train = config.samples or 16384
     n_val = max(2, n_train // 20)
-    for name, numbers in {"train": range(n_train), "val": range(-n_val, 0)}.items():
-        tokens, answers = new_samples(numbers, config).swapaxes(0, 1)
-        os.makedirs(config.write, exist_ok=True)
-        tokens.astype("<u2").tofile(f"{config.write}/{name}.bin")
-        answers.astype("u1").tofile(f"{config.write}/{name}.mask.bin")
+    train = new_samples(range(n_train), config)
+    val = new_samples(range(-n_val, 0), config)
+    os.makedirs(config.write)                               # OSError if it exists
+    for name, samples in ("train", train), ("val", val):
+        samples[:, 0].astype("<u2").tofile(f"{config.write}/{name}.bin")
+        samples[:, 1].astype("u1").tofile(f"{config.write}/{name}.mask.bin")
     print(f"{config.write} is for --tokenizer {config.tokenizer} --context {config.context}")
 
 
 def retrieve(model, pattern, samples, config):
-    """Mean share, in %, of the values in a sample's answer that the greedy continuation holds.
-    samples: (n, 2, --context) of one task, whose answers are equally long.
-    """
+    """Mean share, in %, of the values in the answers (n, 2, T) that greedy continuations hold."""
     coder = Tokenizer(config.tokenizer)
-    n_new = int(samples[0, 1].sum())
+    n_new = int(samples[0, 1].sum())                        # equally many in all of a task
     found = []
     for idx in torch.from_numpy(samples[:, 0].astype(int)).split(config.eval_batch):
         out = model.generate(move(idx[:, :-n_new], config), n_new, pattern, temperature=0)
@@ -425,21 +387,32 @@ def eval_flags():
     flag("--tasks", nargs="+", choices=TASKS, default=[*TASKS][:8],
          help="of --niah; default: RULER's eight")
     flag("--samples", type=int, help="of --niah: of each task, 64; with --write in all, 16384")
-    flag("--write", help="with --niah: a new folder for fine-tuning data")
+    flag("--write", help="a new folder: its texts train a model for --niah")
     return parser
 
 
 def main(argv=None):
     flags = eval_flags().parse_args(argv)
-    folders = flags.compare or [flags.out]
-    paths = flags.checkpoint or [file_of("D1", folder) for folder in folders]
-    require(flags.niah or not flags.write, "--write goes with --niah")
+    paths = flags.checkpoint or [file_of("D1", out) for out in flags.compare or [flags.out]]
     if flags.write:
         known = flags.checkpoint or os.path.exists(paths[0])
         config, *_ = inherit(eval_flags(), argv, paths[0] if known else None, NOT_DEFAULTS)
         return write_niah(config)
-    config, rows = open_rows(paths, flags, argv)
-    (retrieval if flags.niah else benchmarks if flags.choices else losses)(rows, config)
+    same = ["tokenizer", "vocab_size", "context"]               # else nothing can be compared
+    if not (flags.choices or flags.niah):
+        same += ["eval_windows", "data" if flags.data else "data_key"]
+    first = None
+    rows = []
+    for path in paths:
+        config, model, meta = inherit(eval_flags(), argv, path, NOT_DEFAULTS)
+        check(config)
+        first = first or config
+        refuse_changes(path, vars(config), first, vars(config).keys() - same)
+        header(model.to(config.device), config)
+        rows += rows_of(path, model, meta, config)
+    order = [pattern for pattern, *_ in rows]                   # D1 first, runs side by side
+    rows.sort(key=lambda row: order.index(row[0]))
+    (retrieval if flags.niah else benchmarks if flags.choices else losses)(rows, first)
 
 
 if __name__ == "__main__":

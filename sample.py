@@ -21,8 +21,8 @@ from itertools import islice, product
 import torch
 
 from model import PRESETS, Cache, Pattern, RATConfig, RATPlus, load_checkpoint, require
-from train import (Tokenizer, bytes_read, check, file_of, fingerprint, header, made_from,
-                   new_parser, note, on_gpu, out_of_memory, pattern_flag, run)
+from train import (Tokenizer, bytes_read, check, file_of, header, made_from, new_parser, note,
+                   on_gpu, out_of_memory, pattern_flag, run)
 
 
 def find_weights(flags):
@@ -34,7 +34,7 @@ def find_weights(flags):
     model, meta = load_checkpoint(path, flags.device)
     if path not in (flags.checkpoint, dense) and os.path.exists(dense):
         parent, about = load_checkpoint(dense)
-        right = meta.get("parent") is None or made_from(meta, fingerprint(parent), about)
+        right = meta.get("parent") is None or made_from(meta, parent, about)
         require(right, f"{path} was adapted from other weights than {dense} holds now: run "
                 "adapt.py again")
     if meta["pattern"] != pattern and not flags.bench:
@@ -52,58 +52,49 @@ def write(path, model, flags):
     V = model.config.vocab_size
     require(ids and max(ids) < V, f"--prompt: at least one token is needed, each below {V}")
     idx = torch.tensor([ids], device=flags.device)
-    needed = len(ids) + flags.tokens - 1                # the last one is not appended
-    max_len = max(flags.max_len or 0, needed)
+    max_len = max(flags.max_len or 0, len(ids) + flags.tokens - 1)     # the last is not appended
     pattern = flags.pattern[0]
     sampling = flags.temperature, flags.top_k, flags.top_p
     cache = model.new_cache(1, max_len, pattern)
-    list(model.stream(idx, min(3, flags.tokens), cache, *sampling))             # compiles kernels
+    list(model.stream(idx, min(3, flags.tokens), cache, *sampling))     # compiles kernels
     cache = model.new_cache(1, max_len, pattern)
-    print(f"{path} with {pattern}\n\n{flags.prompt}", end=" " * (coder.name == "ids"), flush=True)
+    print(f"{path} with {pattern}\n\n{flags.prompt}", end=" " * (coder.name == "ids"))
     torch.manual_seed(flags.seed)
-    stamps = [time.perf_counter()]
+    stamps = [time.perf_counter()]                      # the start, and when each token was there
     for token in map(int, model.stream(idx, flags.tokens, cache, *sampling)):
         stamps.append(time.perf_counter())
         print(coder.decode(token), end="", flush=True)
         if token == coder.eot:
             break
-    print("\n\n" + summary(len(ids), stamps, cache, model.config))
-
-
-def summary(n_prompt, stamps, cache, config):
-    """The last line of a text. stamps: seconds when it began, and when each token was there."""
-    first = 3 if len(stamps) > 4 else 1                 # a GPU captures its graph for token 3
-    spent = max(stamps[-1] - stamps[first], 1e-9)
-    speed = (len(stamps) - 1 - first) / spent
+    prefill = stamps[1] - stamps[0]
+    decoded = stamps[3 if len(stamps) > 4 else 1:]      # a GPU captures its graph for token 3
+    speed = (len(decoded) - 1) / max(decoded[-1] - decoded[0], 1e-9)
     nowhere = torch.empty(0, device="meta")             # a dense cache may not fit the memory
-    dense = Cache(config, 1, cache.max_len, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
-    return (f"prefill {n_prompt} tokens {1e3 * (stamps[1] - stamps[0]):.1f} ms | decode "
-            f"{speed:.1f} tok/s | cache {cache.nbytes / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB "
-            f"({cache.nbytes / dense:.1%})")
+    dense = Cache(model.config, 1, max_len, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
+    print(f"\n\nprefill {len(ids)} tokens {1e3 * prefill:.1f} ms | decode {speed:.1f} tok/s | "
+          f"cache {cache.nbytes / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB "
+          f"({cache.nbytes / dense:.1%})")
 
 
 # ---- Bench ---------------------------------------------------------------------------------------
 
 def bench(name, model, flags):
-    """Print a Markdown table: D1, the patterns, each with one sequence and the largest batch. of
-    dense: of D1's tok/s in such a row. A batch of 0: not even one sequence fits the memory.
-    """
+    """Print a Markdown table: D1, the patterns, each with one sequence and the largest batch."""
     copy = copy_bandwidth(flags)
     print(f"{name}: {flags.tokens} tokens decoded greedily; a copy moves {copy / 1e9:.0f} GB/s\n\n"
           "| context | pattern | batch | prefill ms | ms per step | tok/s | of dense | cache MB "
-          "| read MB | of copy |\n" + "|---" * 10 + "|", flush=True)
-    speeds = {}
-    for context, pattern in product(flags.contexts, dict.fromkeys(["D1", *flags.pattern])):
-        batch = 1
-        for kind in ("one", "largest"):
-            found = measure_fitting(model, context, pattern, batch, flags)
-            batch, prefill, step, cache, read, moved = found
-            speed = speeds[context, pattern, kind] = batch / step
-            dense = speeds[context, "D1", kind]
-            print(f"| {context} | {pattern} | {batch} | {1e3 * prefill:.1f} | {1e3 * step:.3f} "
-                  f"| {speed:.0f} | {speed / dense:.2f}x | {cache / 1e6:.1f} | {read / 1e6:.1f} "
-                  f"| {moved / step / copy:.0%} |", flush=True)
-            batch = batch and largest_batch(cache, flags)
+          "| read MB | of copy |\n" + "|---" * 10 + "|")
+    dense = {}                                          # tok/s of D1, which comes first
+    patterns = dict.fromkeys(["D1", *flags.pattern])
+    for context, pattern, kind in product(flags.contexts, patterns, ("one", "largest")):
+        batch = 1 if kind == "one" else batch and largest_batch(cache, flags)
+        found = measure_fitting(model, context, pattern, batch, flags)
+        batch, prefill, step, cache, read, moved = found
+        speed = batch / step
+        ratio = speed / dense.setdefault((context, kind), speed)
+        print(f"| {context} | {pattern} | {batch} | {1e3 * prefill:.1f} | {1e3 * step:.3f} | "
+              f"{speed:.0f} | {ratio:.2f}x | {cache / 1e6:.1f} | {read / 1e6:.1f} | "
+              f"{moved / step / copy:.0%} |", flush=True)
 
 
 def seconds(call, flags):
@@ -118,10 +109,9 @@ def seconds(call, flags):
 
 def copy_bandwidth(flags):
     """Bytes per second, read and written, of a large copy: the most that a step can hope for."""
-    size = 2**30 if on_gpu(flags) else 2**26
-    x = torch.zeros(size, dtype=torch.uint8, device=flags.device)
+    x = torch.zeros(2**28 if on_gpu(flags) else 2**24, device=flags.device)
     y = torch.empty_like(x)
-    return 2 * size / min(seconds(lambda: y.copy_(x), flags) for _ in range(10))
+    return 2 * x.nbytes / min(seconds(lambda: y.copy_(x), flags) for _ in range(10))
 
 
 def largest_batch(cache, flags):
@@ -132,11 +122,11 @@ def largest_batch(cache, flags):
 
 
 def measure_fitting(model, context, pattern, batch, flags):
-    """`measure` of the largest batch up to `batch` for which memory lasts; nan for a batch of 0."""
+    """`measure` of the largest batch up to `batch` that fits the memory; of 0 sequences, nan."""
     while batch:
         try:
             return measure(model, context, pattern, batch, flags)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not out_of_memory(error):
                 raise
             batch = batch * 15 // 16
@@ -163,7 +153,7 @@ def measure(model, context, pattern, batch, flags):
                 z.normal_()
     cache.length = context
     cache.seen.fill_(context)
-    steps = model.stream(idx[:, :1].expand(batch, 1), flags.tokens + 3, cache, temperature=0)
+    steps = model.stream(idx.new_zeros(batch, 1), flags.tokens + 3, cache, temperature=0)
     list(islice(steps, 3))                              # a GPU captures its graph for the third
     step = seconds(lambda: list(steps), flags) / flags.tokens
     read = bytes_read(cache, torch.tensor([context + 3 + flags.tokens // 2]))

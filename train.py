@@ -747,13 +747,13 @@ def fingerprint(model):
     return hashlib.md5(model.embed.weight.detach().float().cpu().numpy()).hexdigest()[:8]
 
 
-def made_from(meta, weights, about):
-    """Was a checkpoint with this meta adapted from dense weights, given by their fingerprint and by
-    `about`, their own meta? Or were both fine-tuned from what was pretrained in one run?
+def made_from(meta, dense, about):
+    """Was a checkpoint with this meta adapted from the weights of `dense`, whose own meta is
+    `about`? Or were both fine-tuned from what was pretrained in one run?
     """
     parent = meta.get("parent")
     fine_tuned = parent is not None and "adapt" not in meta
-    return parent == weights or fine_tuned and parent == about.get("parent")
+    return parent == fingerprint(dense) or fine_tuned and parent == about.get("parent")
 
 
 def save(path, model, optimizers={}, **meta):

@@ -134,16 +134,19 @@ def test_a_prompt_that_is_no_utf8_on_an_ascii_terminal(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("pattern", ["D1", "D4W2", "N4K2"])
-def test_the_last_line(pattern):
+def test_the_last_line(pattern, capsys, monkeypatch):
     """Speed is that of the tokens after the third, for which a GPU captures its graph."""
-    model = RATPlus(RATConfig(320, 2, 2, 32)).bfloat16()
-    cache = model.new_cache(1, 1000, pattern)
+    model, _ = load_checkpoint("out/dense.pt")
+    cache = model.new_cache(1, 1000, pattern).nbytes
     dense = model.new_cache(1, 1000, "D1").nbytes
-    line = sample.summary(7, [1.0, 1.25, 2.0, 5.0, 5.5, 6.0], cache, model.config)
-    sizes = f"cache {cache.nbytes / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB"
-    assert line == (f"prefill 7 tokens 250.0 ms | decode 2.0 tok/s | {sizes} "
-                    f"({cache.nbytes / dense:.1%})")
-    assert "decode 4.0 tok/s" in sample.summary(7, [1.0, 2.0, 2.25], cache, model.config)
+    stamps = iter([1.0, 1.25, 2.0, 5.0, 5.5, 6.0, 1.0, 2.0, 2.25])
+    monkeypatch.setattr("time.perf_counter", lambda: next(stamps))
+    flags = ["--pattern", pattern, "--prompt", "1 + 2 =", "--max-len", 1000]
+    sizes = f"cache {cache / 1e6:.3f} MB, dense {dense / 1e6:.3f} MB ({cache / dense:.1%})\n"
+    _, last, _ = sampled(capsys, *flags, "--tokens", 5)
+    assert last == f"prefill 7 tokens 250.0 ms | decode 2.0 tok/s | {sizes}"
+    _, last, _ = sampled(capsys, *flags, "--tokens", 2)
+    assert last == f"prefill 7 tokens 1000.0 ms | decode 4.0 tok/s | {sizes}"
 
 
 @pytest.mark.parametrize("pattern, keys", [
