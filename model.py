@@ -69,9 +69,8 @@ def on_grid(p, dilation):
 
 
 def allowed(t, p, dilation, window, sinks):
-    """May a query at position t attend to the key at position p? Equation (4), the definition of
-    every pattern; `best_blocks` adds to it. t, p: integers or integer tensors that broadcast.
-    Returns bool. ValueError for negative sizes. The grid is absolute: all queries share it.
+    """May a query at position t attend to the key at position p? Equation (4), bool; `best_blocks`
+    adds to it. t, p: integers or integer tensors that broadcast. ValueError for negative sizes.
     """
     sizes = dilation, window, sinks
     require(min(sizes) >= 0, f"dilation, window, sinks are {sizes}; none may be negative")
@@ -126,11 +125,9 @@ class Rule(NamedTuple):
 
 
 class Pattern(NamedTuple):
-    """layers[i][j]: the Rule of head group j in layer i. Layers cycle through the outer tuple; the
-    heads of a layer split evenly into its groups.
-
-    As text: D16, D16W256S4, W1024S4 (no grid), D1,D64 (layers alternate), D1/D64 (half of the heads
-    each), D64N64K8 (top-k blocks), N64K16:minmax (their score), W0 (only itself: no attention).
+    """layers[i][j]: the Rule of head group j in layer i. Layers cycle, heads split evenly. As text:
+    D16, D16W256S4, W1024S4 (no grid), D1,D64 (layers alternate), D1/D64 (half of the heads each),
+    D64N64K8 (top-k blocks), N64K16:minmax (their score), W0 (only itself: no attention).
     """
     layers: tuple
 
@@ -191,13 +188,11 @@ def scan(a, u, h):
 
 
 def recurrence(k, v, g, state=None):
-    """The gated recurrence (2). Keys and values share the decay: v~_p mixes values as k~_p mixes
-    the keys of the same tokens. Differentiable in every input.
-
-    k, v, g: (B, T, C), T >= 1, any floating dtype. state: k_rec and v_rec of the position before,
-    (2, B, C) or a pair; None means zeros. Returns k_rec, v_rec in the dtypes of k and v, and the
-    last state (2, B, C), in float32 (float64 of float64) like the arithmetic. ValueError for shapes
-    or devices that do not match.
+    """The gated recurrence (2), differentiable in every input. k, v, g: (B, T, C), T >= 1, any
+    floating dtype. state: k_rec and v_rec of the position before, (2, B, C) or a pair; None means
+    zeros. Returns k_rec, v_rec in the dtypes of k and v, and the last state (2, B, C), in float32
+    (float64 of float64) like the arithmetic. ValueError for shapes or devices that do not match.
+    Keys and values share the decay: v~_p mixes values as k~_p mixes the keys of the same tokens.
     """
     B, T, C = k.shape
     if state is None:
@@ -251,9 +246,8 @@ def attention(q, k_rec, v_rec, dilation, window, sinks):
 
 
 def attend(q, k_rec, v_rec, rule, summaries=None):
-    """Equation (3) under a rule, for the last T of n positions. q: (B, H, T, Dh); k_rec, v_rec: (B,
-    H, n, Dh); summaries: of their whole blocks, by default made here. Returns (B, H, T, Dh),
-    differentiable in q, k_rec, v_rec.
+    """Equation (3) under a rule, for the last T of n positions. q: (B, H, T, Dh); k_rec, v_rec:
+    (B, H, n, Dh); summaries: of their whole blocks, by default made here. Returns (B, H, T, Dh).
     """
     T = q.shape[2]
     n = k_rec.shape[2]
@@ -263,9 +257,9 @@ def attend(q, k_rec, v_rec, rule, summaries=None):
         return F.scaled_dot_product_attention(q, k_rec, v_rec, causal_lower_right(T, n))
     if rule.topk and summaries is None:
         summaries = block_summaries(k_rec.detach(), rule.block, rule.score)
-    if on_kernels(q) and rule.topk:
-        return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
     if on_kernels(q):
+        if rule.topk:
+            return kernels.attention_topk(q, k_rec, v_rec, rule, summaries)
         return kernels.attention(q, k_rec, v_rec, *rule.sizes)
     t = torch.arange(n - T, n, device=q.device)
     p = torch.arange(n, device=q.device)
@@ -444,8 +438,8 @@ class GroupCache:
         every = Rule(dilation=1)
         self.rule = every if rule.dense(n) else rule
         self.kept = every if rule.topk else self.rule  # top-k blocks may want any position
-        kept = self.kept
-        rows = kept.sinks + kept.ring + (n // kept.dilation if kept.dilation else 0)
+        rows = self.kept.sinks + self.kept.ring
+        rows += n // self.kept.dilation if self.kept.dilation else 0
         B, heads, _, Dh = like.shape
         self.k = like.new_zeros(B, heads, rows, Dh)
         self.v = like.new_zeros(B, heads, rows, Dh)
@@ -517,7 +511,7 @@ class Cache:
     """What decoding keeps of `batch` sequences of up to max_len tokens. RATPlus.new_cache makes it.
     length: how many tokens it has seen. seen: the same on the device, (1,) int64, where kernels
     read it. layers: of each its state (2, B, C), empty without recurrence, and its head groups.
-    dtype: of keys, values and matrix products. whole: see `appending`.
+    nbytes: of all their tensors, as allocated. dtype: of keys, values and matrix products.
     """
 
     def __init__(self, config, batch, max_len, pattern, dtype, weight):
@@ -525,9 +519,10 @@ class Cache:
         self.batch = batch
         self.max_len = max_len
         self.dtype = dtype
-        self.whole = True
+        self.whole = True                              # False after an append that failed halfway
         self.length = 0
-        self.seen = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self.seen = weight.new_zeros(1, dtype=torch.long)
+        self.nbytes = 0
         self.layers = []
         C = config.n_embd if config.recurrence else 0
         for i in range(config.n_layer):
@@ -537,6 +532,9 @@ class Cache:
             groups = [GroupCache(self, rule, like) for rule in rules]
             state = weight.new_zeros(2, batch, C, dtype=exact(dtype))
             self.layers.append(SimpleNamespace(state=state, groups=groups, seen=self.seen))
+            self.nbytes += state.nbytes
+            for group in groups:
+                self.nbytes += sum(z.nbytes for z in group.tensors)
 
     def check(self, shape):
         """ValueError if tokens of this shape (B, T) can't be appended."""
@@ -548,9 +546,8 @@ class Cache:
 
     @contextlib.contextmanager
     def appending(self, shape, weight):
-        """Around what appends tokens of this shape by a model of this weight. It computes in the
-        dtype of the cache, whatever autocast says. The cache is not whole until that has succeeded;
-        then its length advances, here and on the device.
+        """Around what appends tokens of this shape by a model of this weight: in the cache's dtype,
+        whatever autocast says. Then the length advances, here and on the device.
         """
         self.check(shape)
         self.whole = False
@@ -560,16 +557,6 @@ class Cache:
         self.seen += shape[1]
         self.length += shape[1]
         self.whole = True
-
-    @property
-    def nbytes(self):
-        """Bytes of all keys, values, summaries and states, as allocated."""
-        total = 0
-        for layer in self.layers:
-            total += layer.state.nbytes
-            for group in layer.groups:
-                total += sum(z.nbytes for z in group.tensors)
-        return total
 
     @property
     def slots(self):
@@ -585,14 +572,12 @@ class Cache:
 # ---- The model -----------------------------------------------------------------------------------
 
 class RATPlus(nn.Module):
-    """The language model. Its weights know no pattern: every call names one, as text or Pattern.
-    checkpointing: True holds only the inputs of blocks in training, and computes the rest again.
-    """
+    """The language model. Its weights know no pattern: every call names one, as text or Pattern."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.checkpointing = False                     # True: backward computes each block again
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)         # also the output head
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
@@ -652,7 +637,7 @@ class RATPlus(nn.Module):
     def new_cache(self, batch, max_len, pattern="D1"):
         """An empty Cache for `batch` sequences of up to max_len tokens, in the compute dtype."""
         pattern = Pattern.parse(pattern).check(self.config)
-        weight = self.embed.weight.detach()
+        weight = self.embed.weight
         return Cache(self.config, batch, max_len, pattern, compute_dtype(weight), weight)
 
     @torch.no_grad()
@@ -826,7 +811,7 @@ def from_authors(data):
     for name, tensor in data.get("task", data).items():
         for theirs, ours in AUTHORS_NAMES.items():
             name = name.replace(theirs, ours)
-        weights[name] = tensor.float()
+        weights[name] = tensor
     embed = weights["embed.weight"]
     head = weights.pop("head.lm_head.weight", embed)
     require(torch.equal(head, embed), "the output head is not tied to the embedding")
