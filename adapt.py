@@ -14,8 +14,8 @@ import copy
 import os
 
 from model import Pattern, load_checkpoint
-from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, check, evaluate,
-                   file_of, fingerprint, fit, header, inherit, load_data, log_line,
+from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, catch_signals,
+                   check, evaluate, file_of, fingerprint, fit, header, inherit, load_data, log_line,
                    new_optimizers, new_parser, open_log, pattern_flag, recorded, refuse_changes,
                    report, require, run, save)
 
@@ -46,24 +46,32 @@ def main(argv=None):
     patterns = {name: Pattern.parse(name).check(dense.config) for name in config.pattern}
     parent = fingerprint(dense)
     train, val = load_data(config)
+    todo = []
+    for name in patterns:
+        path = file_of(name, config.out)
+        if config.overwrite or not os.path.exists(path):
+            todo.append(name)
+            continue
+        require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
+        _, done = load_checkpoint(path)
+        require("adapt" in done and done["parent"] == parent, f"{path} was not adapted from these "
+                "weights: --overwrite adapts anew")
+        refuse_changes(path, done["adapt"], config, {*MAY_DIFFER, "pattern"} - {"steps"})
     header(dense.to(config.device), config)
     dense_loss = evaluate(dense, val, "D1", config)
     rows = ["| pattern | dense loss | sparse before | sparse after |", "|---|---|---|---|"]
-    for name, pattern in patterns.items():
+    signals = catch_signals()
+    for name in todo:
         path = file_of(name, config.out)
-        if config.resume and os.path.exists(path):
-            _, done = load_checkpoint(path)
-            require("adapt" in done and done["parent"] == parent, f"{path} was not adapted from "
-                    "these weights: --overwrite adapts anew")
-            refuse_changes(path, done["adapt"], config, {*MAY_DIFFER, "pattern"} - {"steps"})
-            continue                                    # it is kept
         with open_log(path, config) as log:
             report(log, f"{name} | {recorded(config)}", step=0, config=recorded(config))
             model = copy.deepcopy(dense)
             before = evaluate(model, val, name, config)
-            optimizers = new_optimizers(model, config)
-            for record in fit(model, config, train.batch, optimizers, pattern):
+            for record in fit(model, config, train.batch, new_optimizers(model, config),
+                              patterns[name], signals=signals):
                 report(log, f"{name} | {log_line(record, config, name)}", **record)
+            if record["step"] < config.steps:
+                raise KeyboardInterrupt(f"interrupted in {name}; --resume keeps what is adapted")
             after = evaluate(model, val, name, config)
             save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},
                  tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=recorded(config))

@@ -21,7 +21,7 @@ line, as lm-evaluation-harness does. `query` may be a list, one a choice.
   With a single choice: acc = share where each of its tokens is the likeliest, ppl = exp(-mean ll)
 
 `--niah` counts the values hidden in a text that the greedy continuation holds. To teach a model:
-`--write niah`, then `python train.py --checkpoint out/dense.pt --data niah --out out/niah`.
+`--niah --write niah`, then `python train.py --checkpoint out/dense.pt --data niah --out out/niah`.
 """
 import functools
 import gzip
@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import Cache, Pattern, load_checkpoint, require
 from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bytes_per_token, bytes_read,
                    check, evaluate, file_of, header, inherit, keys_per_token, load_data, made_from,
-                   move, new_parser, note, pattern_flag, positions, refuse_changes, run)
+                   move, new_parser, note, pattern_flag, positions, run)
 
 LABEL = ["pattern", "weights", "model"]                     # the first columns of a table
 NOT_DEFAULTS = {*NOT_INHERITED, "pattern"}                  # of the flags that checkpoints hold
@@ -63,7 +63,7 @@ def rows_of(path, model, meta, config):
     own = meta["pattern"]
     folder = os.path.dirname(path)
     name = f"{model.config.name} ({path if config.checkpoint else folder})"
-    beside = [] if config.checkpoint else Path(folder).glob("*.pt")
+    beside = [] if config.checkpoint else Path(folder).glob("[!.]*.pt")
     adapted = {}
     for file in sorted({*beside} - {Path(path)}):
         try:
@@ -334,11 +334,11 @@ def new_samples(numbers, config):
 
 def write_niah(config):
     """Write samples one after another, and their masks, as train.py reads them."""
-    n_train = config.samples or 16384
-    n_val = max(2, n_train // 20)
-    train = new_samples(range(n_train), config)
-    val = new_samples(range(-n_val, 0), config)
-    os.makedirs(config.write)                               # OSError if it exists
+    require(not os.path.exists(config.write), f"--write {config.write} exists: name a new folder")
+    n = config.samples or 16384
+    train = new_samples(range(n), config)
+    val = new_samples(range(-max(2, n // 20), 0), config)
+    os.makedirs(config.write)
     for name, samples in ("train", train), ("val", val):
         samples[:, 0].astype("<u2").tofile(f"{config.write}/{name}.bin")
         samples[:, 1].astype("u1").tofile(f"{config.write}/{name}.mask.bin")
@@ -384,16 +384,16 @@ def eval_flags():
     mode("--choices", nargs="+", help="files of items to score: .jsonl, .jsonl.xz or .jsonl.gz")
     mode("--niah", action="store_true", help="retrieval instead of the loss")
     flag("--pattern", nargs="+", type=pattern_flag, help="default: all that were adapted, and W0")
-    flag("--tasks", nargs="+", choices=TASKS, default=[*TASKS][:8],
-         help="of --niah; default: RULER's eight")
+    flag("--tasks", nargs="+", choices=TASKS, default=[*TASKS][:8], help="default: RULER's eight")
     flag("--samples", type=int, help="of --niah: of each task, 64; with --write in all, 16384")
-    flag("--write", help="a new folder: its texts train a model for --niah")
+    flag("--write", help="with --niah: a new folder for fine-tuning data")
     return parser
 
 
 def main(argv=None):
     flags = eval_flags().parse_args(argv)
     paths = flags.checkpoint or [file_of("D1", out) for out in flags.compare or [flags.out]]
+    require(flags.niah or not flags.write, "--write goes with --niah")
     if flags.write:
         known = flags.checkpoint or os.path.exists(paths[0])
         config, *_ = inherit(eval_flags(), argv, paths[0] if known else None, NOT_DEFAULTS)
@@ -407,7 +407,8 @@ def main(argv=None):
         config, model, meta = inherit(eval_flags(), argv, path, NOT_DEFAULTS)
         check(config)
         first = first or config
-        refuse_changes(path, vars(config), first, vars(config).keys() - same)
+        other = [name for name in same if getattr(config, name) != getattr(first, name)]
+        require(not other, f"{path} can't be compared with {paths[0]}: other {', '.join(other)}")
         header(model.to(config.device), config)
         rows += rows_of(path, model, meta, config)
     order = [pattern for pattern, *_ in rows]                   # D1 first, runs side by side

@@ -819,6 +819,8 @@ def main(argv=None):
     config, model, meta = settle(argv)
     path = file_of(config.pattern, config.out)
     train, val = load_data(config)
+    if config.resume:
+        refuse_changes(path, meta["train"], config)
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in RATConfig.__dataclass_fields__}
     model = model or RATPlus(RATConfig(**shape))
@@ -832,7 +834,6 @@ def main(argv=None):
     optimizers = new_optimizers(model, config)
     step = 0
     if config.resume:
-        refuse_changes(path, meta["train"], config)
         step = meta["step"]
         if step >= config.steps:
             note(f"{path} has {step} steps already")

@@ -841,14 +841,14 @@ def test_adaptation_resumes_by_keeping_what_is_done(dense, capsys):
     call(adapt.main, "--pattern", "D4", "--steps", 2, "--data", "other")
     assert capsys.readouterr().err.count("has changed since the training") == 1
     before = Path("out/D4.pt").read_bytes()
-    both = ("--pattern", "D4", "D8", "--steps", 2, "--data", "other", "--resume")
-    refused(adapt.main, *both[:-1], why="out/D4.pt exists: --resume goes on")
+    both = ("--pattern", "D4", "D8", "W0", "--steps", 2, "--data", "other", "--resume")
+    refused(adapt.main, *both[:-1], why="out/D4.pt exists: --resume keeps it")
     refused(adapt.main, *both, "--data", "bins", why="--data-key 480 tokens")
     for flag, value in (("--steps", 3), ("--seed", 1), ("--clip", 9.0), ("--optimizer", "muon")):
         refused(adapt.main, *both, flag, value, why=f"{flag} {value}: out/D4.pt")
-    ctrl_c = signal.default_int_handler
-    stopped(1, lambda: ctrl_c(signal.SIGINT, None), call, adapt.main, *both)
-    assert not os.path.exists("out/D8.pt")
+    said = stopped(1, lambda: os.kill(os.getpid(), signal.SIGTERM), call, adapt.main, *both)
+    assert said == "interrupted in W0; --resume keeps what is adapted"      # in D8's last step
+    assert os.path.exists("out/D8.pt") and not os.path.exists("out/W0.pt")
     call(adapt.main, *both)
     assert Path("out/D4.pt").read_bytes() == before and list(losses("out/D8.jsonl")) == [1, 2]
     call(adapt.main, "--pattern", "D4", "--steps", 3, "--overwrite")
