@@ -4,7 +4,7 @@ Resolution adaptation: a dense checkpoint becomes a sparse one for each pattern.
   theta_P = theta_dense; then for a few steps
   theta_P <- AdamW(theta_P, gradient of loss(batch; theta_P, P))                               (7)
 
-Only the pattern P is trained: no ARL. The paper spends 1 % of the pretraining tokens on it.
+The weights train under P only: no ARL. The paper spends 1 % of the pretraining tokens on it.
 
 `python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. A flag
 not typed has the pretraining's value, but for --steps (a hundredth, at least 40), --lr (a tenth, at
@@ -21,7 +21,7 @@ from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags
 
 
 def settle(argv):
-    """(config, model, meta) of the dense checkpoint, whose flags are defaults here."""
+    """This run's config; the dense model and its meta. Its flags are the defaults."""
     parser = new_parser(__doc__)
     add_data_flags(parser)
     add_training_flags(parser)
@@ -71,7 +71,7 @@ def main(argv=None):
                               patterns[name], signals=signals):
                 report(log, f"{name} | {log_line(record, config, name)}", **record)
             if record["step"] < config.steps:
-                raise KeyboardInterrupt(f"interrupted in {name}; --resume keeps what is adapted")
+                raise KeyboardInterrupt(f"interrupted; {name} is not saved, --resume keeps others")
             after = evaluate(model, val, name, config)
             save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},
                  tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=recorded(config))

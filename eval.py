@@ -18,7 +18,7 @@ line, as lm-evaluation-harness does. `query` may be a list, one a choice.
   acc   = share of items whose gold choice has the largest ll; of equal ones the first counts
   norm  = the same with ll / characters
   delta = acc - acc of the model's D1 row; its standard error is of the differences by item
-  With a single choice: acc = share where each of its tokens is the likeliest, ppl = exp(-mean ll)
+  With one choice: acc = share where each token is the likeliest, ppl = exp(-mean ll) of a choice
 
 `--niah` counts the values hidden in a text that the greedy continuation holds. To teach a model:
 `--niah --write niah`, then `python train.py --checkpoint out/dense.pt --data niah --out out/niah`.
@@ -57,8 +57,8 @@ def print_row(*cells, head=False):
 # ---- What is evaluated: a list of rows -----------------------------------------------------------
 
 def rows_of(path, model, meta, config):
-    """[(pattern, weights, name, model)] of a checkpoint: D1, its own pattern, and --pattern, or W0
-    and what adapt.py made from it. weights: dense, adapted, or switched: trained for another one.
+    """[(pattern, weights, name, model)]: D1, the checkpoint's pattern, then --pattern, or else what
+    adapt.py made and W0. weights: dense or adapted if trained for the pattern, else switched.
     """
     own = meta["pattern"]
     folder = os.path.dirname(path)
@@ -285,7 +285,7 @@ def draw(form, rng):
 
 def new_sample(number, config, encode):
     """(2, --context): tokens, and 1 on those of answers, else 0. Needles in a haystack, then a
-    question and its answer; for training, where number >= 0, one of every key.
+    question and its answer. A training sample, number >= 0, asks for every key.
     """
     task = config.tasks[number % len(config.tasks)]
     hay, key, value, n_keys, n_values = TASKS[task]

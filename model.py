@@ -402,8 +402,8 @@ class Block(nn.Module):
     def forward(self, x, rope, rules, cache=None):
         x = x + self.mix(x, rope, rules, cache)
         wide = F.gelu(self.fc1(self.norm(x)))
-        if cache:                                      # a compiled step: else x and wide would be
-            torch._dynamo.graph_break()                # fused into fc2 and made anew per output
+        if cache:                                      # keeps torch.compile from fusing x and
+            torch._dynamo.graph_break()                # wide into fc2: each output would redo them
         return x + self.fc2(wide)
 
 
@@ -417,15 +417,15 @@ class Block(nn.Module):
 #   ring    row S + p mod W         every position, until it is overwritten: the last W
 #   grid    row S + W + p // D      the positions on the grid
 #
-# A position may be in two of them, and is read once: from the ring while it is in the window, else
+# A position may be in several, but is read once: from the ring while it is in the window, else
 # from the grid if it is on the grid, else from the sinks. For example D4W3S2 after 14 tokens,
 # positions 0 to 13:
 #
 #   row          0    1  |  2    3    4  |  5    6    7
 #   position     0    1  | 12   13   11  |  3    7   11        11 is read from row 4 alone
 #
-# Under dense attention and top-k blocks a later query may attend to every position: a grid of D = 1
-# alone, whose rows are the positions. Keys are stored after RoPE.
+# With dense attention or top-k blocks a later query may want any position. So there is only a grid
+# of D = 1: row p holds position p. Keys are stored after RoPE.
 
 class GroupCache:
     """Keys and values of one head group of one layer: k, v (B, heads, rows, Dh). rule: what queries
@@ -475,7 +475,7 @@ class GroupCache:
 
     def attend(self, q, k, v):
         """Attention (B, heads, T, Dh) of the next T positions over themselves and what is held. The
-        ring is read before they are stored: position t takes the row of t - W, which it still sees.
+        ring is read before new keys are stored: key t overwrites key t - W, which query t sees.
         """
         start = self.cache.length
         end = start + q.shape[2]
@@ -490,9 +490,9 @@ class GroupCache:
             return attend(q, k, v, self.rule, summaries)
         p = torch.arange(start, device=q.device)
         if on_kernels(q):
-            p = p[max(start - self.kept.ring, 0):]     # the kernel reads the others in place
+            p = p[max(start - self.kept.ring, 0):]     # sinks and grid are read in place
         else:
-            p = p[self.kept.allowed(start, p)]         # later queries see no others
+            p = p[self.kept.allowed(start, p)]         # no later query needs more
         keys = k
         values = v
         if len(p):
@@ -546,8 +546,8 @@ class Cache:
 
     @contextlib.contextmanager
     def appending(self, shape, weight):
-        """Around what appends tokens of this shape by a model of this weight: in the cache's dtype,
-        whatever autocast says. Then the length advances, here and on the device.
+        """The body appends tokens of this shape. It runs in the cache's dtype whatever autocast
+        says. If it succeeds, the length advances, here and on the device.
         """
         self.check(shape)
         self.whole = False
@@ -560,7 +560,7 @@ class Cache:
 
     @property
     def slots(self):
-        """slots[layer][group]: how many different positions the next query may attend to."""
+        """slots[layer][group]: how many different positions are held for the next query."""
         t = self.length
         p = torch.arange(t)
         counts = []
@@ -591,7 +591,7 @@ class RATPlus(nn.Module):
             block.compile(**options)
 
     def hidden(self, idx, pattern, cache=None):
-        """idx (B, T) -> (B, T, C): all but the last norm and the head. Appends idx to a cache."""
+        """idx (B, T) -> (B, T, C): all before the last norm. With a cache, inside `appending`."""
         require(idx.dim() == 2 and idx.shape[1] >= 1, f"tokens are (B, T >= 1), not {idx.shape}")
         pattern = Pattern.parse(pattern).check(self.config)
         t = torch.arange(idx.shape[1], device=idx.device)
@@ -602,7 +602,7 @@ class RATPlus(nn.Module):
         for i, block in enumerate(self.blocks):
             inputs = x, rope, pattern.rules(i), cache and cache.layers[i]
             if cache and not (len(t) == 1 and on_kernels(x)):
-                x = block._call_impl(*inputs)          # a chunk: not compiled, as T varies
+                x = block._call_impl(*inputs)          # not compiled: T varies, or no kernels
             elif self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -660,8 +660,8 @@ class RATPlus(nn.Module):
         """Prefill idx (B, T), then yield up to n_new tokens (B,), each appended when the next is
         asked for. A sequence that yielded `stop` yields it ever after; the stream ends soon after
         all did. ValueError if the logits become NaN (within 16 tokens) or the cache is full. With
-        kernels on a GPU, prefill and the first step run eagerly, which compiles them. Then a step
-        and its sampling are captured as a CUDA graph, which all later steps replay.
+        kernels on a GPU, prefill and the first step run eagerly, which compiles them. Step 2 is
+        captured with its sampling as a CUDA graph. From then on steps replay it.
         """
         weight = self.embed.weight
         seed = torch.randint(2**62, ()).item()         # torch.manual_seed fixes it

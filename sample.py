@@ -122,7 +122,7 @@ def largest_batch(cache, flags):
 
 
 def measure_fitting(model, context, pattern, batch, flags):
-    """`measure` of the largest batch up to `batch` that fits the memory; of 0 sequences, nan."""
+    """`measure` of `batch`, cut by a sixteenth until memory lasts; of 0 sequences, nan."""
     while batch:
         try:
             return measure(model, context, pattern, batch, flags)
@@ -165,7 +165,7 @@ def measure(model, context, pattern, batch, flags):
 def main(argv=None):
     parser = new_parser(__doc__)
     flag = parser.add_argument
-    flag("--checkpoint", help="default: the pattern's in --out, else dense.pt there")
+    flag("--checkpoint", help="default: PATTERN.pt in --out, else dense.pt; --bench: none")
     flag("--pattern", nargs="+", type=pattern_flag, help="default: D1; of --bench, several")
     flag("--prompt", default="def ", help="text, or ids if the checkpoint has no tokenizer of ours")
     flag("--tokens", type=int, default=200, help="how many to generate; default: 200")

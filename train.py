@@ -109,7 +109,7 @@ def updates(step, config, pattern, arl):
 
 
 def update(model, optimizers, parts, pattern, config):
-    """One update on parts of a batch. Returns the sum of their losses and the gradient's norm."""
+    """One update. Returns this process's part of the loss and the norm of the whole gradient."""
     total = 0.0
     for idx, targets, weight in parts:
         with autocast(config):
@@ -122,7 +122,7 @@ def update(model, optimizers, parts, pattern, config):
     for optimizer in optimizers.values():
         optimizer.step()
         optimizer.zero_grad()
-    model.zero_grad()                           # in_proj's too, of which Muon has the matrices
+    model.zero_grad()                           # Muon clears its views, not their parameters
     return total, norm
 
 
@@ -137,9 +137,9 @@ def schedule(step, config):
 
 
 def new_optimizers(model, config):
-    """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it. But Muon
-    takes the matrices of the blocks, scaled so that both can share a learning rate. It makes each
-    orthogonal by itself, so those of o, q, k, v, g, which in_proj stacks, are handed over apart.
+    """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it. With
+    --optimizer muon, Muon takes the matrices of the blocks, scaled so that both share a learning
+    rate. It makes each update orthogonal by itself, so in_proj is split into o, q, k, v, g.
     """
     parts = {}                                          # parameter: the matrices that it stacks
     for name, p in model.blocks.named_parameters():
@@ -357,7 +357,7 @@ def load_data(config):
         size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
         config.vocab_size = -(-size // 64) * 64         # in 64s, which suits the matrix products
     masked = any(mask is not None for _, mask in val)
-    train = Windows(train, config.context, config, coder)   # side by side, as masked samples are
+    train = Windows(train, config.context, config, coder)   # masked samples are windows, too
     val = Windows(val, config.context if masked else 1, config, coder)
     key = data_key(files)
     if config.data_key not in (None, key):
@@ -369,7 +369,7 @@ def load_data(config):
 
 def open_bin(path):
     """(tokens, mask) of a file as nanoGPT (uint16) or llm.c (1024 bytes before them) writes it,
-    mapped from disk. mask: None, or train.mask.bin beside it, uint8, 1: a token counts as a target.
+    mapped from disk. mask: None, or uint8 of NAME.mask.bin beside it; 1 marks a target.
     """
     size = os.path.getsize(path)
     head = np.fromfile(path, "<i4", 3).tolist()
@@ -444,8 +444,8 @@ def tokenize(sources, tokenizer, split_on=None):
 
 
 def write_tokens(texts, coder, split_on, folder):
-    """Write train.bin and val.bin. One text in 20, by its hash, is for validation; of fewer than
-    100 texts each one's last 20th. What is not UTF-8 text is left out.
+    """Write train.bin and val.bin. A hash of its name puts one text in 20 into val.bin; of fewer
+    than 100 texts each one's last 20th goes there. What is not UTF-8 text is left out.
     """
     note(f"tokenizing {len(texts)} texts")
     n_texts = 0
@@ -487,7 +487,7 @@ class Tokenizer:
         return tiktoken.get_encoding("gpt2")
 
     def encode(self, text):
-        """Token ids as a list or an array. ValueError for a text that is not ids, of ids."""
+        """Token ids as a list or an array. `ids` refuses all but numbers (ValueError)."""
         if self.name == "bytes":
             return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
         if self.name == "gpt2":
@@ -580,7 +580,7 @@ def add_training_flags(parser):
     flag("--optimizer", choices=("adamw", "muon"), default="adamw",
          help="muon wants ten times the --lr of adamw")
     flag("--compile", action=SWITCH, help="torch.compile the blocks; default: on a GPU")
-    flag("--checkpointing", action=SWITCH, default=False, help="less memory: compute anew")
+    flag("--checkpointing", action=SWITCH, default=False, help="recompute, to save memory")
     flag = parser.add_mutually_exclusive_group().add_argument
     flag("--resume", action="store_true", help="go on with what is in --out")
     flag("--overwrite", action="store_true", help="start anew; old files become NAME.old")
@@ -598,9 +598,9 @@ def train_flags():
     flag("--n-embd", type=int, help="width")
     flag("--vocab-size", type=int, help="default: the tokenizer's, rounded up to a multiple of 64")
     flag("--recurrence", action=SWITCH, default=True, help="--no-recurrence: attention only")
-    flag("--arl", nargs="+", type=pattern_flag, help="patterns of the sparse updates, of which a "
-         "batch draws one, or none; default: D64 for a dense RAT+")
-    flag("--one-update", action=SWITCH, default=False, help="by lot one of a batch's two updates")
+    flag("--arl", nargs="+", type=pattern_flag, help="sparse patterns, of which each batch "
+         "draws one; 'none' turns them off; default: D64 for a dense RAT+")
+    flag("--one-update", action=SWITCH, default=False, help="draw one of a batch's two updates")
     flag("--pattern", type=pattern_flag, default="D1", help="of the main updates; names the file")
     flag("--checkpoint", help="weights to start a new run from")
     return parser
@@ -615,7 +615,7 @@ def pattern_flag(text):
 
 
 def inherit(parser, argv, path, left_out):
-    """(config, model, meta). What is not typed or left out is as in the checkpoint at `path`."""
+    """(config, model, meta). Flags neither typed nor left_out are those of the checkpoint."""
     config = parser.parse_args(argv)
     if not path:
         return config, None, {}
@@ -689,8 +689,8 @@ def note(text):
 
 
 def catch_signals():
-    """A list to which Ctrl-C, SIGTERM and SIGHUP (unless ignored, as by nohup) add from now on. The
-    second one ends the process at once, but not under torchrun, which passes on the first twice.
+    """A list to which Ctrl-C, SIGTERM and SIGHUP (unless ignored, as by nohup) add from now on. A
+    repeated one ends the process at once, but not under torchrun, which sends the first twice.
     """
     signals = []
 
@@ -743,7 +743,7 @@ def file_of(pattern, out):
 
 
 def fingerprint(model):
-    """Eight hex digits that tell weights from others; checkpoints name their first parent so."""
+    """Eight hex digits of the embedding. A checkpoint names its first parent by them."""
     return hashlib.md5(model.embed.weight.detach().float().cpu().numpy()).hexdigest()[:8]
 
 
@@ -852,7 +852,7 @@ def main(argv=None):
             step = record["step"]
             stopped = record.pop("stopped") and step < config.steps
             due = step == config.steps or step % config.eval_interval == 0
-            if stopped or due:                  # printing may fail, validating takes time
+            if stopped or due:                  # first: printing may fail, validating takes time
                 save(path, model, optimizers, step=step, val={}, **kept)
             report(log, log_line(record, config, config.pattern), **record)
             if stopped:
