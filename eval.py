@@ -39,9 +39,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import Cache, Pattern, load_checkpoint, require
-from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bytes_per_token, bytes_read,
-                   check, evaluate, file_of, header, inherit, keys_per_token, load_data, made_from,
-                   move, new_parser, note, pattern_flag, positions, run)
+from train import (NOT_INHERITED, Tokenizer, add_data_flags, autocast, bits_per_byte,
+                   bytes_per_token, bytes_read, check, evaluate, file_of, fingerprint, header,
+                   inherit, keys_per_token, load_data, made_from, move, new_parser, note,
+                   pattern_flag, positions, run)
 
 LABEL = ["pattern", "weights", "model"]                     # the first columns of a table
 NOT_DEFAULTS = {*NOT_INHERITED, "pattern"}                  # of the flags that checkpoints hold
@@ -64,12 +65,13 @@ def rows_of(path, model, meta, config):
     folder = os.path.dirname(path)
     name = f"{model.config.name} ({path if config.checkpoint else folder})"
     beside = [] if config.checkpoint else Path(folder).glob("[!.]*.pt")
+    dense = fingerprint(model)
     adapted = {}
     for file in sorted({*beside} - {Path(path)}):
         try:
             found, about = load_checkpoint(file)
             pattern = about["pattern"]
-            right = made_from(about, model, meta) and file.name == file_of(pattern, "")
+            right = made_from(about, dense, meta) and file.name == file_of(pattern, "")
             require(right, f"{file} is no file that adapt.py made from {path}")
             adapted[pattern] = found
         except (ValueError, OSError) as error:
@@ -107,7 +109,7 @@ def losses(rows, config):
                  "loss": f"{loss:.3f}",
                  "gap": f"{loss - of_dense[0]:+.3f}",
                  "perplexity": f"{torch.tensor(loss).exp():.2f}",
-                 "bits per byte": f"{loss / math.log(2) / per_byte:.3f}"}
+                 "bits per byte": f"{bits_per_byte(loss, per_byte):.3f}"}
         table.append([pattern, weights, name, *cells.values()])
     print()
     print_row(*LABEL, *cells, head=True)
@@ -407,8 +409,9 @@ def main(argv=None):
         config, model, meta = inherit(eval_flags(), argv, path, NOT_DEFAULTS)
         check(config)
         first = first or config
-        other = [name for name in same if getattr(config, name) != getattr(first, name)]
-        require(not other, f"{path} can't be compared with {paths[0]}: other {', '.join(other)}")
+        mine = {name: getattr(config, name) for name in same}
+        wanted = {name: getattr(first, name) for name in same}
+        require(mine == wanted, f"{path} can't be compared with {paths[0]}: {mine}, not {wanted}")
         header(model.to(config.device), config)
         rows += rows_of(path, model, meta, config)
     order = [pattern for pattern, *_ in rows]                   # D1 first, runs side by side

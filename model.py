@@ -69,8 +69,8 @@ def on_grid(p, dilation):
 
 
 def allowed(t, p, dilation, window, sinks):
-    """May a query at position t attend to the key at position p? Equation (4), bool; `best_blocks`
-    adds to it. t, p: integers or integer tensors that broadcast. ValueError for negative sizes.
+    """May a query at position t attend to the key at position p? Equation (4); `best_blocks` adds
+    to it. t, p: integers or integer tensors that broadcast. Bool. ValueError for negative sizes.
     """
     sizes = dilation, window, sinks
     require(min(sizes) >= 0, f"dilation, window, sinks are {sizes}; none may be negative")

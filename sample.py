@@ -21,8 +21,8 @@ from itertools import islice, product
 import torch
 
 from model import PRESETS, Cache, Pattern, RATConfig, RATPlus, load_checkpoint, require
-from train import (Tokenizer, bytes_read, check, file_of, header, made_from, new_parser, note,
-                   on_gpu, out_of_memory, pattern_flag, run)
+from train import (Tokenizer, bytes_read, check, file_of, fingerprint, header, made_from,
+                   new_parser, note, on_gpu, out_of_memory, pattern_flag, run)
 
 
 def find_weights(flags):
@@ -34,7 +34,7 @@ def find_weights(flags):
     model, meta = load_checkpoint(path, flags.device)
     if path not in (flags.checkpoint, dense) and os.path.exists(dense):
         parent, about = load_checkpoint(dense)
-        right = meta.get("parent") is None or made_from(meta, parent, about)
+        right = meta.get("parent") is None or made_from(meta, fingerprint(parent), about)
         require(right, f"{path} was adapted from other weights than {dense} holds now: run "
                 "adapt.py again")
     if meta["pattern"] != pattern and not flags.bench:
@@ -68,7 +68,8 @@ def write(path, model, flags):
             break
     prefill = stamps[1] - stamps[0]
     decoded = stamps[3 if len(stamps) > 4 else 1:]      # a GPU captures its graph for token 3
-    speed = (len(decoded) - 1) / max(decoded[-1] - decoded[0], 1e-9)
+    spent = max(decoded[-1] - decoded[0], 1e-9)
+    speed = (len(decoded) - 1) / spent
     nowhere = torch.empty(0, device="meta")             # a dense cache may not fit the memory
     dense = Cache(model.config, 1, max_len, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
     print(f"\n\nprefill {len(ids)} tokens {1e3 * prefill:.1f} ms | decode {speed:.1f} tok/s | "
@@ -87,7 +88,7 @@ def bench(name, model, flags):
     dense = {}                                          # tok/s of D1, which comes first
     patterns = dict.fromkeys(["D1", *flags.pattern])
     for context, pattern, kind in product(flags.contexts, patterns, ("one", "largest")):
-        batch = 1 if kind == "one" else batch and largest_batch(cache, flags)
+        batch = 1 if kind == "one" else batch and largest_batch(cache, flags)     # 0: none fits
         found = measure_fitting(model, context, pattern, batch, flags)
         batch, prefill, step, cache, read, moved = found
         speed = batch / step

@@ -80,6 +80,8 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         done = step + 1
         due = 0 in (done % config.log_interval, done % config.eval_interval)
         due = due or done in (first + 1, config.steps)
+        if due:
+            norm.item()                         # waits, so that no signal comes too late
         stopped = summed(torch.tensor(len(signals))).item() > 0
         if not (due or stopped):
             continue
@@ -216,6 +218,11 @@ def evaluate(model, windows, pattern, config):
     return total / (targets != -100).sum().item()
 
 
+def bits_per_byte(loss, bytes_per_token):
+    """A loss in nats per token as bits per byte of text."""
+    return loss / math.log(2) / bytes_per_token
+
+
 PEAKS = {"H200": 989, "H100 80GB": 989, "A100": 312, "RTX 4090": 165, "RTX 3090": 71}   # TFLOP/s
 
 
@@ -304,8 +311,8 @@ class Windows:
         return np.random.default_rng((self.config.seed, epoch)).permutation(self.total)
 
     def batch(self, step):
-        """idx, targets (B, T) of a training step: each window once an epoch. The target after
-        end-of-text does not count: another document's first token can't be known.
+        """idx, targets (B, T), by seed and step alone: each window comes once an epoch. The target
+        after end-of-text does not count: another document's first token can't be known.
         """
         B = self.config.batch_size
         places = divmod(step * B + np.arange(B), self.total)
@@ -465,9 +472,10 @@ def write_tokens(texts, coder, split_on, folder):
                 for document in filter(None, part.split(split_on or "\0")):
                     coder.write(document, file)
                     n_documents += 1
-        note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; "
-             "the others are not UTF-8")
-        require(train.tell() and val.tell(), "--data: too few texts for training and validation")
+        require(train.tell() and val.tell(), f"--data: of {len(texts)} files {n_texts} are UTF-8 "
+                "text, too few for training and validation")
+    note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; the "
+         "others are not UTF-8")
 
 
 class Tokenizer:
@@ -747,13 +755,13 @@ def fingerprint(model):
     return hashlib.md5(model.embed.weight.detach().float().cpu().numpy()).hexdigest()[:8]
 
 
-def made_from(meta, dense, about):
-    """Was a checkpoint with this meta adapted from the weights of `dense`, whose own meta is
-    `about`? Or were both fine-tuned from what was pretrained in one run?
+def made_from(meta, weights, about):
+    """Was a checkpoint with this meta adapted from dense weights, given by their fingerprint and by
+    `about`, their own meta? Or were both fine-tuned from what was pretrained in one run?
     """
     parent = meta.get("parent")
     fine_tuned = parent is not None and "adapt" not in meta
-    return parent == fingerprint(dense) or fine_tuned and parent == about.get("parent")
+    return parent == weights or fine_tuned and parent == about.get("parent")
 
 
 def save(path, model, optimizers={}, **meta):
@@ -863,7 +871,7 @@ def main(argv=None):
                 save(path, model, optimizers, step=step, val=losses, **kept)
                 text = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
                 if per_byte:
-                    bits = losses[config.pattern] / math.log(2) / per_byte
+                    bits = bits_per_byte(losses[config.pattern], per_byte)
                     text += f" | {bits:.4f} bits per byte"
                 if on_gpu(config):
                     text += f" | peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"

@@ -160,11 +160,11 @@ def test_runs_side_by_side_have_their_own_gap_and_cost(capsys):
 
 
 @pytest.mark.parametrize("other, flags, why", [
-    (dict(context=16), ["--context", 24], "other context"),
-    (dict(eval_windows=3), ["--eval-windows", 5], "other eval_windows"),
-    (dict(data_key="b"), ["--data", "text"], "other data_key"),
-    (dict(tokenizer="gpt2"), [], "other tokenizer"),
-    (dict(shape=RATConfig(384, 2, 2, 32)), [], "other vocab_size")])
+    (dict(context=16), ["--context", 24], "'context': 16"),
+    (dict(eval_windows=3), ["--eval-windows", 5], "'eval_windows': 3"),
+    (dict(data_key="b"), ["--data", "text"], "'data_key': 'b'"),
+    (dict(tokenizer="gpt2"), [], "'tokenizer': 'gpt2'"),
+    (dict(shape=RATConfig(384, 2, 2, 32)), [], "'vocab_size': 384")])
 def test_runs_that_cant_be_compared_are_refused(capsys, monkeypatch, other, flags, why):
     new_run("other", 1, **other)
     with monkeypatch.context() as patched:

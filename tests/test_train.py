@@ -347,6 +347,21 @@ def test_what_is_not_finite_is_found_before_a_save():
         next(training)
 
 
+def test_a_signal_during_the_wait_for_the_device_stops_this_step(monkeypatch):
+    """Else its record is printed unsaved; a reader that died of the same Ctrl-C ends the run."""
+    signals = []
+
+    class Norm:
+        def item(self):
+            signals.append(signal.SIGINT)
+            return 1.0
+
+    monkeypatch.setattr(train, "update", lambda *args: (torch.tensor(1.0), Norm()))
+    config = settings("--steps", 9)
+    training = train.fit(tiny_model(), config, random_batch, {}, *DENSE_AND_D4, signals=signals)
+    assert [(record["step"], record["stopped"]) for record in training] == [(1, True)]
+
+
 @pytest.mark.parametrize("device, flags, compiles", [
     ("cpu", [], 0), ("cuda", [], 1), ("cuda", ["--no-compile"], 0), ("cpu", ["--compile"], 1)])
 def test_compile_is_on_by_default_on_a_gpu_alone(monkeypatch, device, flags, compiles):
@@ -497,6 +512,7 @@ def test_bins_are_gpt2_s_unless_a_flag_says_what_they_are(monkeypatch, flags, ex
     train_windows, val_windows = train.load_data(config)
     assert (config.tokenizer, train_windows.coder.eot, config.vocab_size) == expected
     assert train.bytes_per_token(val_windows) == pytest.approx(n_bytes)
+    assert train.bits_per_byte(3 * math.log(2), 1.5) == pytest.approx(2)
 
 
 def llmc(n, *header):
@@ -579,7 +595,7 @@ def test_what_is_no_text_is_left_out(capsys):
     assert err.count("\n") == 2 and "tokenizing 85 texts" in err
     assert "tokenized: 82/85 texts, which split into 162 documents; the others are not" in err
     texts({"a.txt": b"\0" * 100}, "zeros")
-    refused(train.main, "--data", "zeros", why="too few texts for training and")
+    refused(train.main, "--data", "zeros", why="of 1 files 0 are UTF-8 text, too few")
 
 
 def test_of_few_texts_each_one_s_last_20th_is_for_validation():
@@ -847,7 +863,7 @@ def test_adaptation_resumes_by_keeping_what_is_done(dense, capsys):
     for flag, value in (("--steps", 3), ("--seed", 1), ("--clip", 9.0), ("--optimizer", "muon")):
         refused(adapt.main, *both, flag, value, why=f"{flag} {value}: out/D4.pt")
     said = stopped(1, lambda: os.kill(os.getpid(), signal.SIGTERM), call, adapt.main, *both)
-    assert said == "interrupted; W0 is not saved, --resume keeps others"   # in D8's last
+    assert said == "interrupted; W0 is not saved, --resume keeps others"    # in D8's last step
     assert os.path.exists("out/D8.pt") and not os.path.exists("out/W0.pt")
     call(adapt.main, *both)
     assert Path("out/D4.pt").read_bytes() == before and list(losses("out/D8.jsonl")) == [1, 2]
