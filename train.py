@@ -122,9 +122,9 @@ def update(model, optimizers, parts, pattern, config):
         summed(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
     for optimizer in optimizers.values():
-        optimizer.step()
+        with autocast(config):                  # for Muon's products
+            optimizer.step()
         optimizer.zero_grad()
-    model.zero_grad()                           # Muon clears its views, not their parameters
     return total, norm
 
 
@@ -140,29 +140,56 @@ def schedule(step, config):
 
 def new_optimizers(model, config):
     """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it. With
-    --optimizer muon, Muon takes the matrices of the blocks, scaled so that both share a learning
-    rate. It makes each update orthogonal by itself, so in_proj is split into o, q, k, v, g.
+    --optimizer muon, Muon takes the matrices of the blocks.
     """
-    parts = {}                                          # parameter: the matrices that it stacks
-    for name, p in model.blocks.named_parameters():
-        if config.optimizer == "muon" and p.dim() == 2:
-            rows = model.config.n_embd if "in_proj" in name else len(p)
-            parts[p] = p.detach().split(rows)
-    rest = [p for p in model.parameters() if p not in parts]
     decay = {"lr": config.lr, "weight_decay": config.weight_decay}
+    groups = []
+    if config.optimizer == "muon":
+        matrices = [[p for p in block.parameters() if p.dim() == 2] for block in model.blocks]
+        groups = [{"params": alike, "rows": len(alike[0])} for alike in zip(*matrices)]
+        groups[0]["rows"] = model.config.n_embd         # in_proj stacks the matrices of (1)
+    taken = {p for group in groups for p in group["params"]}
+    rest = [p for p in model.parameters() if p not in taken]
     optimizers = {"optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=True, **decay)}
-    if parts:
-        matrices = [matrix for each in parts.values() for matrix in each]
-        muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **decay)
+    return optimizers | {"muon": Muon(groups, decay)} if groups else optimizers
 
-        def split_gradients(*_):
-            for p, each in parts.items():
-                for matrix, gradient in zip(each, p.grad.split(len(each[0]))):
-                    matrix.grad = gradient
 
-        muon.register_step_pre_hook(split_gradients)
-        optimizers["muon"] = muon
-    return optimizers
+class Muon(torch.optim.Optimizer):
+    """Momentum, each matrix of it made orthogonal (Jordan et al. 2024), then scaled to the size of
+    AdamW's updates, so that both share a learning rate. A group has parameters of one shape, which
+    stack matrices of so many `rows`.
+
+    torch.optim.Muon does the same to one matrix after another, which takes longer, and always in
+    bfloat16, by which two processes on a CPU would train unlike one.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            gradients = []
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 0.05)
+                gradients.append(p.grad.lerp(average, 0.95))        # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            shape = len(gradients), *p.shape
+            matrices = torch.stack(gradients).view(-1, group["rows"], shape[-1])
+            updates = orthogonal(matrices).reshape(shape)
+            scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+            for p, each in zip(group["params"], updates):
+                p.add_(each, alpha=-group["lr"] * scale)
+
+
+def orthogonal(x):
+    """x (n, R, C): n matrices, with singular values near 1 by five Newton-Schulz iterations."""
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(1e-7)
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT                      # the smaller of the two Gram matrices
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x,
+                          beta=3.4445)
+    return x
 
 
 def autocast(config):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -202,7 +203,8 @@ def by_hand(model, tokens, config, updates, lrs):
                 part.grad = gradient
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = lr
-                optimizer.step()
+                with mock.patch("torch.Tensor.bfloat16", torch.Tensor.clone):     # float32
+                    optimizer.step()
             found.append((loss.item(), norm.item()))
     return weights(model), *zip(*found)
 
@@ -241,10 +243,10 @@ def test_pretraining_is_the_loop_written_out(flags):
     model = tiny_model(config.seed)
     expected, found, norms = by_hand(model, tokens, config, made, lrs)
     said = [loss for step in losses().values() for loss in step.values()]
-    assert said == pytest.approx(found, abs=1e-4 if "muon" in flags else 1e-6)
+    assert said == pytest.approx(found, abs=1e-6)
     assert lines()[-1]["norm"] == pytest.approx(norms[-1], rel=1e-3)
     assert [line["lr"] for line in lines()] == pytest.approx(lrs)
-    assert error_of(weights(), expected) < (1e-3 if "muon" in flags else 1e-5)
+    assert error_of(weights(), expected) < 1e-5
     vals = {name: validation_by_hand(model, name, tokens) for name in patterns}
     assert meta_of()["val"] == pytest.approx(vals, abs=1e-4 if config.dtype == "float32" else 0.1)
 
