@@ -16,8 +16,8 @@ import os
 from model import Pattern, load_checkpoint
 from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, catch_signals,
                    check, evaluate, file_of, fingerprint, fit, header, inherit, load_data, log_line,
-                   new_optimizers, new_parser, open_log, pattern_flag, recorded, refuse_changes,
-                   report, require, run, save)
+                   new_optimizers, new_parser, open_log, pattern_flag, refuse_changes, report,
+                   require, run, save)
 
 
 def settle(argv):
@@ -64,7 +64,7 @@ def main(argv=None):
     for name in todo:
         path = file_of(name, config.out)
         with open_log(path, config) as log:
-            report(log, f"{name} | {recorded(config)}", step=0, config=recorded(config))
+            report(log, f"{name} | {config}", step=0, config=vars(config))
             model = copy.deepcopy(dense)
             before = evaluate(model, val, name, config)
             for record in fit(model, config, train.batch, new_optimizers(model, config),
@@ -74,7 +74,7 @@ def main(argv=None):
                 raise KeyboardInterrupt(f"interrupted; {name} is not saved, --resume keeps others")
             after = evaluate(model, val, name, config)
             save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},
-                 tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=recorded(config))
+                 tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=vars(config))
             rows.append(f"| {name} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")
             report(log, f"{rows[-1]} saved {path}", dense=dense_loss, before=before, after=after)
     print("\n" + "\n".join(rows), flush=True)

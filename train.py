@@ -563,7 +563,7 @@ def bytes_per_token(windows):
 # ---- Flags ---------------------------------------------------------------------------------------
 
 SWITCH = argparse.BooleanOptionalAction                     # --flag and --no-flag
-OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # what checkpoints do not keep
+OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # no defaults of other calls
 NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # what a new run does not take over
 # What --resume may change: the data's place, the steps, and what changes rounding at most.
 MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
@@ -657,14 +657,9 @@ def inherit(parser, argv, path, left_out):
     model, meta = load_checkpoint(path)
     saved = {"data": None, **meta.get("train", {}), **asdict(model.config)}
     saved.update(tokenizer=meta["tokenizer"], pattern=meta["pattern"])
-    names = (saved.keys() & vars(config)) - left_out
+    names = (saved.keys() & vars(config)) - OF_A_CALL - left_out
     parser.set_defaults(**{name: saved[name] for name in names})
     return parser.parse_args(argv), model, meta
-
-
-def recorded(config):
-    """The flags that a checkpoint keeps."""
-    return {name: value for name, value in vars(config).items() if name not in OF_A_CALL}
 
 
 def refuse_changes(path, saved, config, free=MAY_DIFFER):
@@ -862,7 +857,7 @@ def main(argv=None):
     model.to(config.device)
     pattern = Pattern.parse(config.pattern).check(model.config)
     arl = [Pattern.parse(name).check(model.config) for name in config.arl if name != "none"]
-    kept = {"pattern": config.pattern, "tokenizer": config.tokenizer, "train": recorded(config)}
+    kept = {"pattern": config.pattern, "tokenizer": config.tokenizer, "train": vars(config)}
     if config.checkpoint:
         refuse_changes(config.checkpoint, asdict(model.config), config)         # a typed shape
         kept["parent"] = meta.get("parent") or fingerprint(model)
@@ -882,7 +877,7 @@ def main(argv=None):
     with open_log(path, config, step) as log:
         report(log, f"{config}\n{size / 1e6:.3g}M tokens to train on, {ratio:.2g} a parameter, of "
                f"{train.n_tokens / 1e6:.3g}M; {val.n_tokens / 1e6:.3g}M for validation", step=step,
-               config=recorded(config), torch=torch.__version__)
+               config=vars(config), torch=torch.__version__)
         for record in fit(model, config, train.batch, optimizers, pattern, arl, step, signals):
             step = record["step"]
             stopped = record.pop("stopped") and step < config.steps
