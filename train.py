@@ -65,9 +65,10 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     if config.compile:
         torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
         model.compile(dynamic=False)
-    flops = flops_per_token(model, pattern, arl, config)
+    flops = {each: flops_per_token(model, each, config.context) for each in (pattern, *arl)}
     start = time.perf_counter()
     reported = first                            # steps that were done at the last record
+    spent = 0                                   # FLOPs per token of the steps since then
     for step in range(first, config.steps):
         lr = schedule(step, config)
         for optimizer in optimizers.values():
@@ -77,6 +78,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         losses = {}
         for each in updates(step, config, pattern, arl):                    # (6): sparse, dense
             losses[str(each)], norm = update(model, optimizers, parts, each, config)
+            spent += flops[each]
         done = step + 1
         due = 0 in (done % config.log_interval, done % config.eval_interval)
         due = due or done in (first + 1, config.steps)
@@ -92,7 +94,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
                 f"{losses}, gradient norm {norm}")
         seconds = (time.perf_counter() - start) / (done - reported)
         rate = config.batch_size * config.context / seconds
-        mfu = flops * rate / peak_flops(config)
+        mfu = spent / (done - reported) * rate / peak_flops(config)
         eta = seconds * (config.steps - done) / 60
         yield dict(step=done, losses=losses, lr=lr, norm=norm, ms=1e3 * seconds, rate=rate,
                    mfu=mfu, eta=eta, stopped=stopped)
@@ -100,6 +102,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
             return
         start = time.perf_counter()
         reported = done
+        spent = 0
 
 
 def updates(step, config, pattern, arl):
@@ -260,17 +263,15 @@ def peak_flops(config):
     return WORLD * 1e12 * known[0] if known else math.inf
 
 
-def flops_per_token(model, pattern, arl, config):
-    """Floating-point operations per token of a step. An update takes 6 for each weight of a matrix
-    (the tied embedding counts once, as the head), and 12 C for each layer and key that its pattern
-    allows. The rest is small and left out.
+def flops_per_token(model, pattern, T):
+    """Floating-point operations per token of an update: 6 for each weight of a matrix (the tied
+    embedding counts once, as the head), and 12 C for each layer and key that the pattern allows.
+    The rest is small and left out.
     """
     shape = model.config
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    main, *sparse = [keys_per_token(p, shape, config.context) for p in (pattern, *arl)]
-    keys = (main + np.mean(sparse or main)) / 2
-    n_updates = 2 if arl and not config.one_update else 1
-    return n_updates * (6 * weights + 12 * shape.n_embd * shape.n_layer * keys)
+    keys = keys_per_token(pattern, shape, T)
+    return 6 * weights + 12 * shape.n_embd * shape.n_layer * keys
 
 
 def positions(T):

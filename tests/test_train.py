@@ -323,7 +323,7 @@ def test_a_record_measures_the_steps_since_the_last_one(monkeypatch):
 
     flags = ("--steps", 11, "--log-interval", 4, "--eval-interval", 10)
     model, training = small_fit(*flags, batch=batch, first=2)
-    flops = train.flops_per_token(model, *DENSE_AND_D4, settings())
+    flops = sum(train.flops_per_token(model, Pattern.parse(name), 16) for name in ("D4", "D1"))
     expected = {3: 3, 4: 4, 8: 26 / 4, 10: 19 / 2, 11: 11}
     for step, seconds in expected.items():
         record = next(training)
@@ -377,24 +377,18 @@ def test_compile_is_on_by_default_on_a_gpu_alone(monkeypatch, device, flags, com
     assert len(compiled) == compiles and model.checkpointing
 
 
-@pytest.mark.parametrize("recurrence, flag, arl", [
-    (1, "", []), (0, "", ["D4"]), (1, "", ["D4", "W2,D8"]), (1, "--one-update", ["D4"])])
-def test_flops_are_those_of_the_products_and_the_keys_of_all_updates(recurrence, flag, arl):
+@pytest.mark.parametrize("recurrence, text", [(1, "D1"), (0, "D4"), (1, "W2,D8")])
+def test_flops_are_those_of_the_products_and_the_keys(recurrence, text):
     model = RATPlus(RATConfig(64, 2, 4, 32, recurrence))
     idx = torch.randint(64, (2, 24))
     with FlopCounterMode(display=False) as counter:
         model.loss(idx, idx, "D1").backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for name, n in counts.items() if str(name) in ("aten.mm", "aten.addmm"))
-    updates = []
-    for text in ("D1", *arl):
-        masks = torch.stack([Pattern.parse(text).mask(24, layer) for layer in (0, 1)])
-        updates.append(products / idx.numel() + 12 * 32 * masks.sum().item() / 24)
-    expected = updates[0] + (np.mean(updates[1:]) if arl else 0)
-    config = settings("--context", 24, *flag.split())
-    arl = [Pattern.parse(text) for text in arl]
-    found = train.flops_per_token(model, Pattern.parse("D1"), arl, config)
-    assert found == pytest.approx(expected / (2 if flag else 1))
+    pattern = Pattern.parse(text)
+    masks = torch.stack([pattern.mask(24, layer) for layer in (0, 1)])
+    expected = products / idx.numel() + 12 * 32 * masks.sum().item() / 24
+    assert train.flops_per_token(model, pattern, 24) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name, dtype, peak", [
