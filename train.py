@@ -39,8 +39,7 @@ from model import (PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, on_ker
                    save_checkpoint)
 
 RECIPES = {                                             # how each of model.PRESETS is pretrained
-    "laptop": dict(context=256, batch_size=8, steps=200, lr=24e-3, optimizer="muon",
-                   eval_interval=200),
+    "laptop": dict(context=256, batch_size=8, steps=200, lr=24e-3, optimizer="muon"),
     "small": dict(context=2048, batch_size=32, steps=1000, lr=12e-3, optimizer="muon"),
     "base": dict(context=4096, batch_size=128, grad_accum=16, steps=5000, lr=8e-4),
     "paper-1.5b": dict(context=4096, batch_size=512, grad_accum=128, steps=47684, lr=8e-4),
@@ -500,8 +499,6 @@ def write_tokens(texts, coder, split_on, folder):
                 for document in filter(None, part.split(split_on or "\0")):
                     coder.write(document, file)
                     n_documents += 1
-        require(train.tell() and val.tell(), f"--data: of {len(texts)} files {n_texts} are UTF-8 "
-                "text, too few for training and validation")
     note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; the "
          "others are not UTF-8")
 

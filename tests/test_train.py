@@ -591,7 +591,8 @@ def test_what_is_no_text_is_left_out(capsys):
     assert err.count("\n") == 2 and "tokenizing 85 texts" in err
     assert "tokenized: 82/85 texts, which split into 162 documents; the others are not" in err
     texts({"a.txt": b"\0" * 100}, "zeros")
-    refused(train.main, "--data", "zeros", why="of 1 files 0 are UTF-8 text, too few")
+    refused(train.main, "--data", "zeros", why="0 bytes, empty")
+    assert "0/1 texts" in capsys.readouterr().err
 
 
 def test_of_few_texts_each_one_s_last_20th_is_for_validation():
@@ -767,7 +768,7 @@ def test_a_signal_to_the_script_saves_and_says_how_to_go_on(read):
 # ---- What is inherited: presets, fine-tuning, adaptation -----------------------------------------
 
 @pytest.mark.parametrize("preset, expected", [
-    ("laptop", "4 4 128 | 256 8 1 200 200 muon 0.024"),
+    ("laptop", "4 4 128 | 256 8 1 200 250 muon 0.024"),
     ("small", "8 8 512 | 2048 32 1 1000 250 muon 0.012"),
     ("base", "12 12 768 | 4096 128 16 5000 250 adamw 0.0008"),
     ("paper-1.5b", "24 16 2048 | 4096 512 128 47684 250 adamw 0.0008"),
