@@ -109,7 +109,7 @@ def updates(step, config, pattern, arl):
     rng = np.random.default_rng((config.seed, step, 1))         # 1: apart from `Windows.order`
     sparse = [arl[rng.integers(len(arl))]] if arl else []
     both = [*sparse, pattern]
-    return [both[rng.integers(len(both))]] if config.one_update else both
+    return [both[rng.integers(len(both))]] if arl and config.one_update else both
 
 
 def update(model, optimizers, parts, pattern, config):
@@ -617,7 +617,6 @@ def add_training_flags(parser):
     flag = parser.add_mutually_exclusive_group().add_argument
     flag("--resume", action="store_true", help="go on with what is in --out")
     flag("--overwrite", action="store_true", help="start anew; old files become NAME.old")
-    parser.set_defaults(one_update=False)
 
 
 def train_flags():
@@ -798,7 +797,7 @@ def open_log(path, config, first=0):
     """
     if RANK:
         return open(os.devnull, "w")
-    os.makedirs(config.out or ".", exist_ok=True)
+    os.makedirs(config.out, exist_ok=True)
     log_path = path.removesuffix(".pt") + ".jsonl"
     for old in filter(os.path.exists, () if first else (path, log_path)):
         require(config.overwrite or config.resume, f"{old} exists: --resume goes on with it, "
@@ -834,8 +833,7 @@ def settle(argv):
     left_out = set() if typed.resume else NOT_INHERITED | {"data_key"}
     config, model, meta = inherit(parser, argv, start, left_out)
     require("optimizer" in meta or not config.resume, f"train.py has not made {start}")
-    stays_dense = config.pattern == meta.get("pattern", "D1") == "D1"
-    if not (config.resume or stays_dense):
+    if not (config.resume or config.pattern == meta.get("pattern") == "D1"):
         config.arl = typed.arl                          # a checkpoint's is for dense training
     if config.arl is None:
         config.arl = ["D64"] if config.recurrence and config.pattern == "D1" else ["none"]
