@@ -14,10 +14,9 @@ import copy
 import os
 
 from model import Pattern, load_checkpoint
-from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, catch_signals,
-                   check, evaluate, file_of, fingerprint, fit, header, inherit, load_data, log_line,
-                   new_optimizers, new_parser, open_log, pattern_flag, refuse_changes, report,
-                   require, run, save)
+from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags, check, evaluate,
+                   file_of, fingerprint, fit, header, inherit, load_data, log_line, new_optimizers,
+                   new_parser, open_log, pattern_flag, refuse_changes, report, require, run, save)
 
 
 def settle(argv):
@@ -60,7 +59,6 @@ def main(argv=None):
     header(dense.to(config.device), config)
     dense_loss = evaluate(dense, val, "D1", config)
     rows = ["| pattern | dense loss | sparse before | sparse after |", "|---|---|---|---|"]
-    signals = catch_signals()
     for name in todo:
         path = file_of(name, config.out)
         with open_log(path, config) as log:
@@ -68,10 +66,8 @@ def main(argv=None):
             model = copy.deepcopy(dense)
             before = evaluate(model, val, name, config)
             for record in fit(model, config, train.batch, new_optimizers(model, config),
-                              patterns[name], signals=signals):
+                              patterns[name]):
                 report(log, f"{name} | {log_line(record, config, name)}", **record)
-            if record["step"] < config.steps:
-                raise KeyboardInterrupt(f"interrupted; {name} is not saved, --resume keeps others")
             after = evaluate(model, val, name, config)
             save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},
                  tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=vars(config))
