@@ -6,9 +6,9 @@ Resolution adaptation: a dense checkpoint becomes a sparse one for each pattern.
 
 The weights train under P only: no ARL. The paper spends 1 % of the pretraining tokens on it.
 
-`python adapt.py --pattern D16 D64` reads out/dense.pt and writes out/D16.pt and out/D64.pt. A flag
-not typed has the pretraining's value, but for --steps (a hundredth, at least 40), --lr (a tenth, at
-most 5e-4), --warmup (none), --optimizer (adamw), --seed, --dtype. --resume keeps finished files.
+`python adapt.py` is `python adapt.py --pattern D16 D64` and writes out/D16.pt and out/D64.pt. Flags
+not typed are the pretraining's, but for --steps (a hundredth, at least 40), --lr (a tenth, at most
+5e-4), --warmup (none), --optimizer (adamw), --seed, --dtype. --resume keeps finished files.
 """
 import copy
 import os
@@ -19,37 +19,28 @@ from train import (MAY_DIFFER, NOT_INHERITED, add_data_flags, add_training_flags
                    new_parser, open_log, pattern_flag, refuse_changes, report, require, run, save)
 
 
-def settle(argv):
-    """This run's config; the dense model and its meta. Its flags are the defaults."""
+def main(argv=None):
     parser = new_parser(__doc__)
     add_data_flags(parser)
     add_training_flags(parser)
     parser.add_argument("--checkpoint", help="the dense checkpoint; default: dense.pt in --out")
-    parser.add_argument("--pattern", nargs="+", default=["D16", "D64"], type=pattern_flag,
-                        help="the patterns, each adapted from the dense checkpoint")
+    parser.add_argument("--pattern", nargs="+", default=["D16", "D64"], type=pattern_flag)
     config = parser.parse_args(argv)
-    path = config.checkpoint or file_of("D1", config.out)
-    config, model, meta = inherit(parser, argv, path, {*NOT_INHERITED, "pattern", "optimizer"})
+    start = config.checkpoint or file_of("D1", config.out)
+    config, dense, meta = inherit(parser, argv, start, {*NOT_INHERITED, "pattern", "optimizer"})
     lr = min(config.lr / 10, 5e-4)                      # Muon's rates are too high for AdamW
     parser.set_defaults(steps=max(40, config.steps // 100), lr=lr, warmup=0.0)
     config = parser.parse_args(argv)
     check(config)
-    require(meta["pattern"] == "D1", f"{path} was trained for {meta['pattern']}, not densely")
-    files = [file_of(name, config.out) for name in config.pattern]
-    require(path not in files, f"--pattern D1 would take the place of {path}")
-    return config, model, meta
-
-
-def main(argv=None):
-    config, dense, meta = settle(argv)
-    patterns = {name: Pattern.parse(name).check(dense.config) for name in config.pattern}
-    parent = fingerprint(dense)
+    require(meta["pattern"] == "D1", f"{start} was trained for {meta['pattern']}, not densely")
     train, val = load_data(config)
+    parent = fingerprint(dense)
     todo = []
-    for name in patterns:
+    for name in dict.fromkeys(config.pattern):
+        pattern = Pattern.parse(name).check(dense.config)
         path = file_of(name, config.out)
         if config.overwrite or not os.path.exists(path):
-            todo.append(name)
+            todo.append((name, pattern, path))
             continue
         require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
         _, done = load_checkpoint(path)
@@ -59,16 +50,14 @@ def main(argv=None):
     header(dense.to(config.device), config)
     dense_loss = evaluate(dense, val, "D1", config)
     rows = ["| pattern | dense loss | sparse before | sparse after |", "|---|---|---|---|"]
-    for name in todo:
-        path = file_of(name, config.out)
+    for name, pattern, path in todo:
         with open_log(path, config) as log:
             report(log, f"{name} | {config}", step=0, config=vars(config))
             model = copy.deepcopy(dense)
-            before = evaluate(model, val, name, config)
-            for record in fit(model, config, train.batch, new_optimizers(model, config),
-                              patterns[name]):
+            before = evaluate(model, val, pattern, config)
+            for record in fit(model, config, train.batch, new_optimizers(model, config), pattern):
                 report(log, f"{name} | {log_line(record, config, name)}", **record)
-            after = evaluate(model, val, name, config)
+            after = evaluate(model, val, pattern, config)
             save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},
                  tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=vars(config))
             rows.append(f"| {name} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")

@@ -876,7 +876,8 @@ def test_adaptation_resumes_by_keeping_what_is_done(dense, capsys):
 def test_adaptation_takes_a_hundredth_of_the_steps(dense, steps, lr, expected):
     """And a tenth of the rate. The seed and the dtype are its own."""
     rewrite(dense, steps=steps, lr=lr, seed=3, dtype="bfloat16")
-    config = adapt.settle(["--device", "cpu"])[0]
+    call(adapt.main, "--pattern", "D4")
+    config = SimpleNamespace(**meta_of("out/D4.pt")["adapt"])
     last = train.schedule(config.steps - 1, config)
     assert (config.steps, config.lr, last) == pytest.approx(expected)
     assert (config.seed, config.dtype, config.eot) == (0, "float32", EOT)
@@ -909,7 +910,7 @@ NAMED = ("--steps many; --steps 0; --clip -1; --lr nan; --lr inf; --vocab-size 0
     ("tuned", "--no-recurrence", "--recurrence False: out/dense.pt has True"),
     ("tuned", "--checkpoint bare.pt", "does not say what it was trained on: --data is needed"),
     ("adapt", "--pattern D1/D2/D4", "does not fit"),
-    ("adapt", "--pattern D4 D1", "would take the place of out/dense.pt"),
+    ("adapt", "--pattern D4 D1", "out/dense.pt exists"),
     ("adapt", "--pattern D4 --data wide", "token 400 is beyond the vocabulary of 64"),
     ("adapt", "--out empty", "empty/dense.pt"),
     *[("train", args, args.split()[0].strip("=")) for args in NAMED.split("; ")]])
