@@ -55,7 +55,8 @@ def main(argv=None):
             report(log, f"{name} | {config}", step=0, config=vars(config))
             model = copy.deepcopy(dense)
             before = evaluate(model, val, pattern, config)
-            for record in fit(model, config, train.batch, new_optimizers(model, config), pattern):
+            optimizers = new_optimizers(model, config)
+            for record in fit(model, config, train.batch, optimizers, pattern):
                 report(log, f"{name} | {log_line(record, config, name)}", **record)
             after = evaluate(model, val, pattern, config)
             save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},

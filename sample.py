@@ -60,7 +60,7 @@ def write(path, model, flags):
         print(coder.decode(token), end="", flush=True)
         if token == coder.eot:
             break
-    prefill, step, *_ = measure(model, len(ids), pattern, 1, tokens=64)
+    prefill, step, *_ = measure(model, len(ids), pattern, 1, min(64, flags.tokens))
     nowhere = torch.empty(0, device="meta")             # a dense cache may not fit the memory
     dense = Cache(model.config, 1, cache.max_len, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
     print(f"\n\nprefill {len(ids)} tokens {1e3 * prefill:.1f} ms | decode {1 / step:.1f} tok/s | "
@@ -161,6 +161,7 @@ def main(argv=None):
     flag("--max-batch", type=int, default=8192, help="of --bench; a CPU gets at most 8")
     flags = parser.parse_args(argv)
     check(flags)
+    require(min(flags.contexts) > 0, "--contexts: at least 1 is needed")
     require(flags.bench or len(flags.pattern) == 1, "--pattern: several are for --bench")
     require(on_gpu(flags) or not flags.compile, "--compile is for the steps of a GPU")
     name, model = find_weights(flags)
