@@ -113,7 +113,7 @@ def test_adapted_weights_of_another_dense_run_are_refused(capsys):
     (["--compile"], "--compile is for the steps of a GPU"),
     (["--pattern", "D1/D2/D4"], "does not fit"),
     (["--pattern", "D1", "D4"], "several are for --bench"),
-    (["--bench", "--contexts", "0"], r"the cache is too short.*\(1, 0\)"),
+    (["--bench", "--contexts", "8", "-1"], "--contexts: at least 1"),
     (["--out", "nowhere"], "nowhere/dense.pt")])
 def test_what_can_not_be_is_refused_before_the_first_token(flags, why, capsys):
     with pytest.raises((ValueError, OSError), match=why):
@@ -132,18 +132,18 @@ def test_a_prompt_that_is_no_utf8_on_an_ascii_terminal(monkeypatch, capsys):
 
 @pytest.mark.parametrize("pattern", ["D1", "D4W2", "N4K2"])
 def test_the_last_line(pattern, capsys, monkeypatch):
-    """Times are those of --bench for one sequence, whatever the length of the text."""
+    """Times are those of --bench for one sequence and as many tokens, at most 64."""
     model, _ = load_checkpoint("out/dense.pt")
     cache = model.new_cache(1, 12, pattern).nbytes
     dense = model.new_cache(1, 12, "D1").nbytes
     asked = []
     cost = 0.25, 0.5, 0, 0, 0
-    monkeypatch.setattr(sample, "measure", lambda model, *args, tokens: asked.append(args) or cost)
+    monkeypatch.setattr(sample, "measure", lambda model, *args: asked.append(args) or cost)
     flags = ["--pattern", pattern, "--prompt", "1 + 2 =", "--tokens", 5]
     _, last, _ = sampled(capsys, *flags)
     assert last == ("prefill 7 tokens 250.0 ms | decode 2.0 tok/s | "
                     f"cache {cache / 1e6:.3f} MB, {cache / dense:.1%} of dense\n")
-    assert asked == [(7, pattern, 1)]
+    assert asked == [(7, pattern, 1, 5)]
 
 
 @pytest.mark.parametrize("pattern, keys", [
