@@ -1,5 +1,5 @@
 """
-Dense pretraining of RAT+ with active recurrence learning (ARL), and fine-tuning.
+Dense pretraining of RAT+ (arXiv 2602.18196) by active recurrence learning (ARL), and fine-tuning.
 
 A model that may attend everywhere has no need of its recurrence, which then learns to reach back a
 few tokens only. Under the pattern D64 a query sees every 64th key, and only the recurrence can
@@ -12,7 +12,7 @@ carry what lies between. So by default each batch makes two full updates, equati
 `python train.py --checkpoint out/dense.pt --data mine --out out/mine` fine-tunes a checkpoint.
 `torchrun --nproc-per-node=2 train.py` trains on two GPUs: the same batches, the same losses.
 
-A flag has the first of these values: what was typed, the checkpoint's, the preset's, the default.
+The value of a flag is what was typed, else the checkpoint's, the preset's, or the default.
 --resume goes on with a run. Ctrl-C finishes the step, saves, and says how to go on.
 """
 import argparse
@@ -51,16 +51,16 @@ RECIPES = {                                             # how each of model.PRES
 
 def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
     """Train for the steps first..config.steps - 1, and yield records: after the first step, at the
-    log and eval intervals, and at the end. Once `signals` holds something, the step is the last.
+    log and eval intervals, and at the end. Once `signals` is not empty, the step is the last.
 
     batch(step) -> idx, targets (B, T) int64 on the CPU. arl: patterns of the sparse update. A
     record: steps done, losses {pattern: nats per token}, lr, norm of the gradient before clipping,
-    ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only these make the host
-    wait for the device. ValueError if one is not finite, so none is saved with weights of NaN.
+    ms per step, rate (tokens per second), mfu, eta (minutes), stopped. Only a record makes the host
+    wait for the device. ValueError if a loss or the norm is not finite: NaN is never saved.
     """
     model.checkpointing = config.checkpointing
     if on_gpu(config):
-        torch.set_float32_matmul_precision("high")      # TF32 for what --dtype float32 multiplies
+        torch.set_float32_matmul_precision("high")      # TF32 for products in float32
     if config.compile:
         torch._dynamo.config.recompile_limit = 64       # one graph for each rule and shape
         model.compile(dynamic=False)
@@ -82,7 +82,7 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
         due = 0 in (done % config.log_interval, done % config.eval_interval)
         due = due or done in (first + 1, config.steps)
         if due:
-            norm.item()                         # waits, so that no signal comes too late
+            norm.item()                         # waits, to see what signals came by then
         stopped = summed(torch.tensor(len(signals))).item() > 0
         if not (due or stopped):
             continue
@@ -106,10 +106,10 @@ def fit(model, config, batch, optimizers, pattern, arl=(), first=0, signals=()):
 
 def updates(step, config, pattern, arl):
     """The patterns of the updates of a step, in order. They follow from the seed and the step."""
-    rng = np.random.default_rng((config.seed, step, 1))         # 1: apart from `Windows.order`
+    rng = np.random.default_rng((config.seed, step, 1))     # 1: other numbers than Windows.order
     sparse = [arl[rng.integers(len(arl))]] if arl else []
-    both = [*sparse, pattern]
-    return [both[rng.integers(len(both))]] if arl and config.one_update else both
+    todo = [*sparse, pattern]
+    return [todo[rng.integers(len(todo))]] if arl and config.one_update else todo
 
 
 def update(model, optimizers, parts, pattern, config):
@@ -141,7 +141,7 @@ def schedule(step, config):
 
 
 def new_optimizers(model, config):
-    """{name in checkpoints: optimizer}. AdamW has all parameters, as the authors have it. With
+    """{name in checkpoints: optimizer}. AdamW trains all parameters, as in the paper. With
     --optimizer muon, Muon takes the matrices of the blocks.
     """
     decay = {"lr": config.lr, "weight_decay": config.weight_decay}
@@ -150,7 +150,7 @@ def new_optimizers(model, config):
         for name in ("mix.in_proj", "mix.out_proj", "fc1", "fc2"):
             matrices = [block.get_submodule(name).weight for block in model.blocks]
             groups.append({"params": matrices, "rows": len(matrices[0])})
-        groups[0]["rows"] = model.config.n_embd         # in_proj stacks the matrices of (1)
+        groups[0]["rows"] = model.config.n_embd         # in_proj stacks those of o, q, k, v, g
     taken = {p for group in groups for p in group["params"]}
     rest = [p for p in model.parameters() if p not in taken]
     optimizers = {"optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), fused=True, **decay)}
@@ -160,11 +160,13 @@ def new_optimizers(model, config):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, each matrix of it made orthogonal (Jordan et al. 2024), then scaled to the size of
-    AdamW's updates, so that both share a learning rate. A group holds parameters of one shape, each
-    a stack of matrices of `rows` rows. torch.optim.Muon does the same, but for one matrix after
-    another (a step of `small` on an H200: 183 ms; here 134), and in bfloat16 on a CPU too, where
-    several processes would then not train as one.
+    """Momentum, made orthogonal matrix by matrix (Jordan et al. 2024) and scaled by 0.2 sqrt(longer
+    side), so that AdamW can have the same rate (Liu et al. 2025). The parameters of a group have
+    one shape: they stack matrices of `rows` rows.
+
+    torch.optim.Muon does the same to one matrix after another, which takes longer (a step of
+    `small` on an H200: 183 ms; here 134), and in bfloat16 on a CPU too. There that makes a large
+    difference of the small one between the sums of several processes and of one.
     """
 
     @torch.no_grad()
@@ -172,7 +174,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             gradients = []
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["average"] = torch.zeros_like(p)
+                average = self.state[p]["average"]
                 average.lerp_(p.grad, 0.05)
                 gradients.append(p.grad.lerp(average, 0.95))        # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -187,7 +191,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(x):
     """x (n, R, C): n matrices, with singular values near 1 by five Newton-Schulz iterations."""
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT).mT                      # the Gram matrix below is smaller so
+        return orthogonal(x.mT).mT                      # so the Gram matrix is smaller
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -208,8 +212,8 @@ def move(z, config):
     return z.to(config.device, non_blocking=True)
 
 
-# Several processes. torchrun starts the script once a GPU. Each process takes its share of a batch.
-# Gradients, and a few numbers, meet in `summed`. Process 0 prints and saves.
+# Several processes. torchrun starts one for each GPU. Each takes its share of a batch. `summed`
+# adds up their gradients and losses. Process 0 prints and saves.
 
 RANK, LOCAL_RANK, WORLD = 0, 0, 1
 if dist.is_torchelastic_launched():
@@ -276,7 +280,7 @@ def flops_per_token(model, pattern, T):
 
 
 def positions(T):
-    """Those of a sequence of T tokens, or 1024 of them, spread evenly."""
+    """Up to 1024 positions of T tokens, spread evenly."""
     return torch.linspace(0, T - 1, min(T, 1024)).round().long()
 
 
@@ -291,7 +295,7 @@ def keys_per_token(pattern, config, T):
 
 @functools.lru_cache                                    # many layers share a rule
 def mean_keys(rule, t):
-    """Mean number of keys of queries at t (n,). Any top-k blocks are as many: count the first."""
+    """Mean number of keys of queries at t (n,). Top-k blocks count as the first ones: as many."""
     t = t[:, None]
     p = torch.arange(t.max() + 1)
     keys = rule.allowed(t, p)
@@ -307,7 +311,7 @@ def bytes_read(cache, t):
     for layer in cache.layers:
         total += layer.state.nbytes
         for group in layer.groups:
-            keys = mean_keys(group.rule, t) - 1                 # a token's own is not there yet
+            keys = mean_keys(group.rule, t) - 1                 # its own is not in the cache yet
             total += keys * 2 * group.k[:, :, :1].nbytes
             if group.rule.topk:
                 n_blocks = (t // group.rule.block).double().mean().item()
@@ -391,9 +395,9 @@ def load_data(config):
     files = train + val
     if not config.vocab_size:
         size = coder.size or 1 + max(int(tokens.max()) for tokens, _ in files)
-        config.vocab_size = -(-size // 64) * 64         # in 64s, which suits the matrix products
+        config.vocab_size = -(-size // 64) * 64         # a multiple of 64, for fast products
     masked = any(mask is not None for _, mask in val)
-    train = Windows(train, config.context, config, coder)   # masked samples are windows, too
+    train = Windows(train, config.context, config, coder)   # stride T: a masked sample stays whole
     val = Windows(val, config.context if masked else 1, config, coder)
     key = data_key(files)
     if config.data_key not in (None, key):
@@ -481,7 +485,7 @@ def tokenize(sources, tokenizer, split_on=None):
 
 def write_tokens(texts, coder, split_on, folder):
     """Write train.bin and val.bin. A hash of its name puts one text in 20 into val.bin; of fewer
-    than 100 texts each one's last 20th goes there. What is not UTF-8 text is left out.
+    than 100 texts, the last 20th of each goes there. What is not UTF-8 text is left out.
     """
     note(f"tokenizing {len(texts)} texts")
     n_texts = 0
@@ -565,7 +569,7 @@ def bytes_per_token(windows):
 SWITCH = argparse.BooleanOptionalAction                     # --flag and --no-flag
 OF_A_CALL = {"out", "device", "compile", "resume", "overwrite"}     # no defaults of other calls
 NOT_INHERITED = {"checkpoint", "seed", "dtype"}             # what a new run does not take over
-# What --resume may change: the data's place, the steps, and what changes rounding at most.
+# What --resume may change: the data's place, the steps, and what affects rounding at most.
 MAY_DIFFER = {"data", "steps", "log_interval", "eval_interval", "eval_batch", "grad_accum",
               "checkpointing", *OF_A_CALL}
 
@@ -649,7 +653,7 @@ def pattern_flag(text):
 
 
 def inherit(parser, argv, path, left_out):
-    """(config, model, meta). Flags neither typed nor left_out are those of the checkpoint."""
+    """(config, model, meta). The checkpoint sets the flags that are neither typed nor left_out."""
     config = parser.parse_args(argv)
     if not path:
         return config, None, {}
@@ -662,7 +666,7 @@ def inherit(parser, argv, path, left_out):
 
 
 def refuse_changes(path, saved, config, free=MAY_DIFFER):
-    """ValueError if a flag is not what the checkpoint at `path` has for it."""
+    """ValueError if a flag differs from the checkpoint at `path`."""
     for name, mine in vars(config).items():
         value = saved.get(name, mine)
         require(name in free or mine == value, f"--{name.replace('_', '-')} {mine}: {path} has "
@@ -674,7 +678,7 @@ def on_gpu(config):
 
 
 def check(config):
-    """Fill in --device, --dtype and --compile. ValueError for flags that are of no use."""
+    """Fill in --device, --dtype and --compile. ValueError for bad flags."""
     for name, value in vars(config).items():
         if type(value) in (int, float) and name != "eot":
             least = 1 if type(value) is int and name != "seed" else 0
@@ -760,7 +764,7 @@ def run(main):
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         note(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split()) or 'interrupted'}")
     if WORLD > 1:
-        os._exit(code)                      # does not wait for what others will not send
+        os._exit(code)                      # does not wait for processes that have ended
     if code:
         sys.exit(code)
 
@@ -777,8 +781,8 @@ def fingerprint(model):
 
 
 def made_from(meta, weights, about):
-    """Was a checkpoint with this meta adapted from dense weights, given by their fingerprint and by
-    `about`, their own meta? Or were both fine-tuned from what was pretrained in one run?
+    """True if a checkpoint with this meta was adapted from dense weights, which are given by their
+    fingerprint and by `about`, their meta. Also if both were fine-tuned from one pretrained model.
     """
     parent = meta.get("parent")
     fine_tuned = parent is not None and "adapt" not in meta
@@ -857,7 +861,8 @@ def main(argv=None):
     arl = [Pattern.parse(name).check(model.config) for name in config.arl if name != "none"]
     kept = {"pattern": config.pattern, "tokenizer": config.tokenizer, "train": vars(config)}
     if config.checkpoint:
-        refuse_changes(config.checkpoint, asdict(model.config), config)         # a typed shape
+        preset = meta.get("train", {}).get("preset", config.preset)
+        refuse_changes(config.checkpoint, {"preset": preset, **asdict(model.config)}, config)
         kept["parent"] = meta.get("parent") or fingerprint(model)
     optimizers = new_optimizers(model, config)
     step = 0
@@ -880,7 +885,7 @@ def main(argv=None):
             step = record["step"]
             stopped = record.pop("stopped") and step < config.steps
             due = step == config.steps or step % config.eval_interval == 0
-            if stopped or due:                  # first: printing may fail, validating takes time
+            if stopped or due:                  # before what takes time, or may fail
                 save(path, model, optimizers, step=step, val={}, **kept)
             report(log, log_line(record, config, config.pattern), **record)
             if stopped:

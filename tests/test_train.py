@@ -908,6 +908,7 @@ NAMED = ("--steps many; --steps 0; --clip -1; --lr nan; --lr inf; --vocab-size 0
     ("train", "--grad-accum 3", "--batch-size 4 does not split into --grad-accum 3 x 1"),
     ("tuned", "--n-embd 32", "--n-embd 32: out/dense.pt has 16"),
     ("tuned", "--no-recurrence", "--recurrence False: out/dense.pt has True"),
+    ("tuned", "--preset small", "--preset small: out/dense.pt has laptop"),
     ("tuned", "--checkpoint bare.pt", "does not say what it was trained on: --data is needed"),
     ("adapt", "--pattern D1/D2/D4", "does not fit"),
     ("adapt", "--pattern D4 D1", "out/dense.pt exists"),
