@@ -24,7 +24,9 @@ line, as lm-evaluation-harness does. `query` may be a list, one a choice.
 `--niah --write niah`, then `python train.py --checkpoint out/dense.pt --data niah --out out/niah`.
 """
 import functools
+import gzip
 import json
+import lzma
 import math
 import os
 import random
@@ -166,17 +168,18 @@ def read_item(line, coder, config):
 
 def read_items(path, coder, config):
     """The items of a file whose choices fit the context. ValueError names a bad line."""
+    opened = {".xz": lzma.open, ".gz": gzip.open}.get(path[-3:], open)
     T = config.context
     items = []
     number = full = 0
     try:
-        with np.lib.npyio.DataSource().open(path, "rb") as file:    # unpacks .gz and .xz
+        with opened(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 choices, gold = read_item(line, coder, config)
                 if min(start for _, start, _ in choices) > 0:       # each has a token before it
                     items.append((choices, gold))
                     full += max(len(tokens) for tokens, *_ in choices) > T
-    except Exception as error:                  # whatever unpacking, json and read_item raise
+    except Exception as error:                  # whatever json, gzip, lzma and read_item raise
         raise ValueError(f"{path}, line {number}: {error!r}") from error
     if full or len(items) < number:
         note(f"{path}: {full} items fill --context {T}, so their queries may lack their front; "
