@@ -34,18 +34,18 @@ def main(argv=None):
     check(config)
     require(meta["pattern"] == "D1", f"{start} was trained for {meta['pattern']}, not densely")
     train, val = load_data(config)
-    parent = fingerprint(dense)
     todo = []
     for name in dict.fromkeys(config.pattern):
         pattern = Pattern.parse(name).check(dense.config)
         path = file_of(name, config.out)
+        require(path != start, f"--pattern {name} would take the place of {start}")
         if config.overwrite or not os.path.exists(path):
             todo.append((name, pattern, path))
             continue
         require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
         _, done = load_checkpoint(path)
-        require("adapt" in done and done["parent"] == parent, f"{path} was not adapted from these "
-                "weights: --overwrite adapts anew")
+        require("adapt" in done and done["parent"] == fingerprint(dense), f"{path} was not adapted "
+                "from these weights: --overwrite adapts anew")
         refuse_changes(path, done["adapt"], config, {*MAY_DIFFER, "pattern"} - {"steps"})
     header(dense.to(config.device), config)
     dense_loss = evaluate(dense, val, "D1", config)
@@ -55,12 +55,12 @@ def main(argv=None):
             report(log, f"{name} | {config}", step=0, config=vars(config))
             model = copy.deepcopy(dense)
             before = evaluate(model, val, pattern, config)
-            optimizers = new_optimizers(model, config)
-            for record in fit(model, config, train.batch, optimizers, pattern):
+            for record in fit(model, config, train.batch, new_optimizers(model, config), pattern):
                 report(log, f"{name} | {log_line(record, config, name)}", **record)
             after = evaluate(model, val, pattern, config)
-            save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},
-                 tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=vars(config))
+            save(path, model, step=config.steps, pattern=name, parent=fingerprint(dense),
+                 val={name: after}, tokenizer=meta["tokenizer"], train=meta.get("train", {}),
+                 adapt=vars(config))
             rows.append(f"| {name} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")
             report(log, f"{rows[-1]} saved {path}", dense=dense_loss, before=before, after=after)
     print("\n" + "\n".join(rows), flush=True)

@@ -158,9 +158,8 @@ def read_item(line, coder, config):
         before = [*map(int, coder.encode(query.rstrip()))]
         after = [*map(int, coder.encode(query + " " + text))][len(before):]
         tokens = (before or [coder.eot]) + after
-        right = after and min(tokens) >= 0 and max(tokens) < config.vocab_size
-        require(right, "a choice has no token, a token is none of the model's, or the query is "
-                "empty and --eot not given")
+        require(after and min(tokens) >= 0 and max(tokens) < config.vocab_size, "a choice has no "
+                "token, a token is none of the model's, or the query is empty and --eot not given")
         tokens = tuple(tokens[-config.context - 1:])
         choices.append((tokens, len(tokens) - len(after), len(text)))
     return choices, gold
@@ -169,7 +168,6 @@ def read_item(line, coder, config):
 def read_items(path, coder, config):
     """The items of a file whose choices fit the context. ValueError names a bad line."""
     opened = {".xz": lzma.open, ".gz": gzip.open}.get(path[-3:], open)
-    T = config.context
     items = []
     number = full = 0
     try:
@@ -178,13 +176,13 @@ def read_items(path, coder, config):
                 choices, gold = read_item(line, coder, config)
                 if min(start for _, start, _ in choices) > 0:       # each has a token before it
                     items.append((choices, gold))
-                    full += max(len(tokens) for tokens, *_ in choices) > T
+                    full += max(len(tokens) for tokens, *_ in choices) > config.context
     except Exception as error:                  # whatever json, gzip, lzma and read_item raise
         raise ValueError(f"{path}, line {number}: {error!r}") from error
     if full or len(items) < number:
-        note(f"{path}: {full} items fill --context {T}, so their queries may lack their front; "
-             f"{number - len(items)} whose choice alone is too long are left out")
-    require(items, f"{path}: no items for --context {T}")
+        note(f"{path}: {full} items fill --context {config.context}, so their queries may lack "
+             f"their front; {number - len(items)} whose choice alone is too long are left out")
+    require(items, f"{path}: no items for --context {config.context}")
     return items
 
 
@@ -254,7 +252,6 @@ def benchmarks(rows, config):
 #
 # In the eight forms of RULER, in words of our own. A needle is a key and its value, a question the
 # key alone. The text around them is the haystack:
-#
 #   The river and the stone wait for the rain. Safe magic-cloud: 7154321. The ... Safe magic-cloud:
 
 # A name has five letters and is one GPT-2 token. So all needles of a kind are equally long.

@@ -46,7 +46,7 @@ def find_weights(flags):
 
 
 def write(path, model, flags):
-    """Print a text as it is generated, then what such a one costs when decoded greedily."""
+    """Print a text as it is generated. Then decode as many tokens greedily, to time them."""
     coder = Tokenizer(flags.tokenizer)
     ids = list(map(int, coder.encode(flags.prompt)))
     V = model.config.vocab_size
@@ -60,7 +60,7 @@ def write(path, model, flags):
         print(coder.decode(token), end="", flush=True)
         if token == coder.eot:
             break
-    prefill, step, *_ = measure(model, len(ids), pattern, 1, min(64, flags.tokens))
+    prefill, step, *_ = measure(model, len(ids), pattern, 1, flags.tokens)
     nowhere = torch.empty(0, device="meta")             # a dense cache may not fit the memory
     dense = Cache(model.config, 1, cache.max_len, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
     print(f"\n\nprefill {len(ids)} tokens {1e3 * prefill:.1f} ms | decode {1 / step:.1f} tok/s | "

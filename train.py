@@ -505,6 +505,8 @@ def write_tokens(texts, coder, split_on, folder):
                 for document in filter(None, part.split(split_on or "\0")):
                     coder.write(document, file)
                     n_documents += 1
+        require(train.tell() and val.tell(), f"--data: of {len(texts)} files {n_texts} are UTF-8 "
+                "text, too few for training and validation")
     note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; the "
          "others are not UTF-8")
 

@@ -132,7 +132,7 @@ def test_a_prompt_that_is_no_utf8_on_an_ascii_terminal(monkeypatch, capsys):
 
 @pytest.mark.parametrize("pattern", ["D1", "D4W2", "N4K2"])
 def test_the_last_line(pattern, capsys, monkeypatch):
-    """Times are those of --bench for one sequence and as many tokens, at most 64."""
+    """Times are those of --bench for one sequence and as many tokens."""
     model, _ = load_checkpoint("out/dense.pt")
     cache = model.new_cache(1, 12, pattern).nbytes
     dense = model.new_cache(1, 12, "D1").nbytes
