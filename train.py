@@ -466,7 +466,8 @@ def find_texts(source):
 
 
 def tokenize(sources, tokenizer, split_on=None):
-    """The folder of the sources' tokens, made once: its name hashes their places and contents."""
+    """The folder of the tokens of one or several sources, made once. Its name is a hash of them."""
+    sources = np.atleast_1d(sources).tolist()
     texts = [text for source in sources for text in find_texts(source)]
     key = hashlib.md5(ascii([tokenizer, split_on, texts]).encode())
     for _, path in texts:
