@@ -420,11 +420,11 @@ def open_bin(path):
     tokens = np.memmap(path, "<u2", "r", offset)
     words = tokens[:1000]
     low, high = sorted((words[::2].max(), words[1::2].max(initial=0)))
-    wide = len(words) > 1 and low <= (3 if high > 4095 else 0)         # 32 bits: high halves are 0
+    is_32_bit = len(words) > 1 and low <= (3 if high > 4095 else 0)   # high halves: 0
     halves = [np.bincount(half, minlength=256) for half in (words & 255, words >> 8)]
-    alike = high > 511 and np.minimum(*halves).sum() > 0.75 * len(words)
-    require(not wide and not alike, f"{path} looks like numbers of 32 bits, one byte a token, or "
-            f"text: {words[:8].tobytes()}; uint16 tokens are wanted")
+    is_8_bit = high > 511 and np.minimum(*halves).sum() > 0.75 * len(words)
+    require(not is_32_bit and not is_8_bit, f"{path} looks like numbers of 32 bits, one byte a "
+            f"token, or text: {words[:8].tobytes()}; uint16 tokens are wanted")
     beside = path.removesuffix(".bin") + ".mask.bin"
     mask = np.memmap(beside, np.uint8, "r") if os.path.exists(beside) else None
     require(mask is None or len(mask) == len(tokens), f"{beside}: a byte for each of the "
@@ -493,7 +493,7 @@ def write_tokens(texts, coder, split_on, folder):
     n_documents = 0
     with open(f"{folder}/train.bin", "wb") as train, open(f"{folder}/val.bin", "wb") as val:
         for name_hash, path in texts:
-            text = "\0"
+            text = "\0"                                 # as binary files have
             with open(path, "rb") as f, contextlib.suppress(UnicodeDecodeError):
                 text = f.read().decode("utf-8-sig")     # a byte order mark is no text
             if "\0" in text:
@@ -503,7 +503,7 @@ def write_tokens(texts, coder, split_on, folder):
             if len(texts) >= 100:
                 border = 0 if int(name_hash, 16) % 20 == 0 else len(text)
             for file, part in ((train, text[:border]), (val, text[border:])):
-                for document in filter(None, part.split(split_on or "\0")):
+                for document in filter(None, part.split(split_on or "\0")):     # or whole
                     coder.write(document, file)
                     n_documents += 1
         require(train.tell() and val.tell(), f"--data: of {len(texts)} files {n_texts} are UTF-8 "
