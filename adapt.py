@@ -34,6 +34,7 @@ def main(argv=None):
     check(config)
     require(meta["pattern"] == "D1", f"{start} was trained for {meta['pattern']}, not densely")
     train, val = load_data(config)
+    parent = fingerprint(dense)
     todo = []
     for name in dict.fromkeys(config.pattern):
         pattern = Pattern.parse(name).check(dense.config)
@@ -44,8 +45,8 @@ def main(argv=None):
             continue
         require(config.resume, f"{path} exists: --resume keeps it, --overwrite adapts anew")
         _, done = load_checkpoint(path)
-        require("adapt" in done and done["parent"] == fingerprint(dense), f"{path} was not adapted "
-                "from these weights: --overwrite adapts anew")
+        require("adapt" in done and done["parent"] == parent, f"{path} was not adapted from these "
+                "weights: --overwrite adapts anew")
         refuse_changes(path, done["adapt"], config, {*MAY_DIFFER, "pattern"} - {"steps"})
     header(dense.to(config.device), config)
     dense_loss = evaluate(dense, val, "D1", config)
@@ -58,9 +59,8 @@ def main(argv=None):
             for record in fit(model, config, train.batch, new_optimizers(model, config), pattern):
                 report(log, f"{name} | {log_line(record, config, name)}", **record)
             after = evaluate(model, val, pattern, config)
-            save(path, model, step=config.steps, pattern=name, parent=fingerprint(dense),
-                 val={name: after}, tokenizer=meta["tokenizer"], train=meta.get("train", {}),
-                 adapt=vars(config))
+            save(path, model, step=config.steps, pattern=name, parent=parent, val={name: after},
+                 tokenizer=meta["tokenizer"], train=meta.get("train", {}), adapt=vars(config))
             rows.append(f"| {name} | {dense_loss:.4f} | {before:.4f} | {after:.4f} |")
             report(log, f"{rows[-1]} saved {path}", dense=dense_loss, before=before, after=after)
     print("\n" + "\n".join(rows), flush=True)

@@ -14,7 +14,7 @@ with a warning. `python sample.py --bench --preset small --pattern D16 D64` prin
 import gc
 import math
 import os
-from itertools import product
+from itertools import islice, product
 
 import torch
 from torch.utils.benchmark import timer
@@ -39,31 +39,40 @@ def find_weights(flags):
         parent, about = load_checkpoint(dense)
         require(made_from(meta, fingerprint(parent), about), f"{path} was not adapted from what "
                 f"{dense} holds now: run adapt.py again, or take it by --checkpoint")
-    if meta["pattern"] != pattern:
+    if meta["pattern"] != pattern and not flags.bench:
         note(f"warning: {path} was trained for {meta['pattern']}, not for {pattern}; see adapt.py")
     flags.tokenizer = flags.tokenizer or meta["tokenizer"]
     return path, model
 
 
 def write(path, model, flags):
-    """Print a text as it is generated. Then decode as many tokens greedily, to time them."""
+    """Print a text as it is generated, then what it cost."""
     coder = Tokenizer(flags.tokenizer)
     ids = list(map(int, coder.encode(flags.prompt)))
     V = model.config.vocab_size
     require(ids and max(ids) < V, f"--prompt: at least one token is needed, each below {V}")
     idx = torch.tensor([ids], device=flags.device)
     pattern = flags.pattern[0]
-    cache = model.new_cache(1, len(ids) + flags.tokens, pattern)
+    size = len(ids) + flags.tokens
+    sampling = flags.temperature, flags.top_k
+    cache = model.new_cache(1, size, pattern)
+    list(model.stream(idx, min(3, flags.tokens), cache, *sampling))     # compiles kernels
+    cache = model.new_cache(1, size, pattern)
     print(f"{path} with {pattern}\n\n{flags.prompt}", end=" " * (coder.name == "ids"))
-    tokens = model.stream(idx, flags.tokens, cache, flags.temperature, flags.top_k)
-    for token in map(int, tokens):
+    torch.manual_seed(flags.seed)
+    stamps = [timer()]                                  # the start, and when each token was there
+    for token in map(int, model.stream(idx, flags.tokens, cache, *sampling)):
+        stamps.append(timer())
         print(coder.decode(token), end="", flush=True)
         if token == coder.eot:
             break
-    prefill, step, *_ = measure(model, len(ids), pattern, 1, flags.tokens)
+    prefill = stamps[1] - stamps[0]
+    decoded = stamps[3 if len(stamps) > 4 else 1:]      # a GPU captures its graph for token 3
+    spent = max(decoded[-1] - decoded[0], 1e-9)
+    speed = (len(decoded) - 1) / spent
     nowhere = torch.empty(0, device="meta")             # a dense cache may not fit the memory
-    dense = Cache(model.config, 1, cache.max_len, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
-    print(f"\n\nprefill {len(ids)} tokens {1e3 * prefill:.1f} ms | decode {1 / step:.1f} tok/s | "
+    dense = Cache(model.config, 1, size, Pattern.parse("D1"), cache.dtype, nowhere).nbytes
+    print(f"\n\nprefill {len(ids)} tokens {1e3 * prefill:.1f} ms | decode {speed:.1f} tok/s | "
           f"cache {cache.nbytes / 1e6:.3f} MB, {cache.nbytes / dense:.1%} of dense")
 
 
@@ -135,8 +144,7 @@ def measure(model, context, pattern, batch, tokens):
     cache.length = context
     cache.seen.fill_(context)
     steps = model.stream(idx.new_zeros(batch, 1), tokens + 3, cache, temperature=0)
-    for _ in range(3):                                  # a GPU captures its graph for the third
-        next(steps)
+    list(islice(steps, 3))                              # a GPU captures its graph for the third
     step = seconds(lambda: list(steps)) / tokens
     read = bytes_read(cache, torch.tensor([context + 3 + tokens // 2]))
     written = sum(layer.state.nbytes for layer in cache.layers)
@@ -164,6 +172,7 @@ def main(argv=None):
     require(min(flags.contexts) > 0, "--contexts: at least 1 is needed")
     require(flags.bench or len(flags.pattern) == 1, "--pattern: several are for --bench")
     require(on_gpu(flags) or not flags.compile, "--compile is for the steps of a GPU")
+    torch.manual_seed(flags.seed)
     name, model = find_weights(flags)
     model.to(getattr(torch, flags.dtype))
     if flags.compile:
@@ -172,7 +181,6 @@ def main(argv=None):
             "coordinate_descent_tuning": True,          # at batch 1, Triton multiplies by weights
             "triton.enable_pdl": torch.cuda.get_device_capability() >= (9, 0)})
     header(model, flags)
-    torch.manual_seed(flags.seed)
     (bench if flags.bench else write)(name, model, flags)
 
 

@@ -165,8 +165,8 @@ class Muon(torch.optim.Optimizer):
     one shape: they stack matrices of `rows` rows.
 
     torch.optim.Muon does the same to one matrix after another, which takes longer (a step of
-    `small` on an H200: 183 ms; here 134), and in bfloat16 on a CPU too. There that makes a large
-    difference of the small one between the sums of several processes and of one.
+    `small` on an H200: 183 ms; here 134), and in bfloat16 on a CPU too. This rounding would make
+    the losses of several processes there unlike those of one.
     """
 
     @torch.no_grad()
