@@ -41,7 +41,8 @@ from model import (PRESETS, Pattern, RATConfig, RATPlus, load_checkpoint, on_ker
 RECIPES = {                                             # how each of model.PRESETS is pretrained
     "laptop": dict(context=256, batch_size=8, steps=200, lr=24e-3, optimizer="muon"),
     "small": dict(context=2048, batch_size=32, steps=1000, lr=12e-3, optimizer="muon"),
-    "base": dict(context=4096, batch_size=128, grad_accum=16, steps=5000, lr=8e-4),
+    "base": dict(context=4096, batch_size=128, grad_accum=16, steps=5000, lr=12e-3,
+                 optimizer="muon"),
     "paper-1.5b": dict(context=4096, batch_size=512, grad_accum=128, steps=47684, lr=8e-4),
     "paper-2.6b": dict(context=4096, batch_size=512, grad_accum=256, steps=47684, lr=8e-4),
     "paper-7.6b": dict(context=4096, batch_size=512, grad_accum=512, steps=47684, lr=2e-4),

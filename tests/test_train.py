@@ -769,7 +769,7 @@ def test_a_signal_to_the_script_saves_and_says_how_to_go_on(read):
 @pytest.mark.parametrize("preset, expected", [
     ("laptop", "4 4 128 | 256 8 1 200 250 muon 0.024"),
     ("small", "8 8 512 | 2048 32 1 1000 250 muon 0.012"),
-    ("base", "12 12 768 | 4096 128 16 5000 250 adamw 0.0008"),
+    ("base", "12 12 768 | 4096 128 16 5000 250 muon 0.012"),
     ("paper-1.5b", "24 16 2048 | 4096 512 128 47684 250 adamw 0.0008"),
     ("paper-2.6b", "28 20 2560 | 4096 512 256 47684 250 adamw 0.0008"),
     ("paper-7.6b", "32 32 4096 | 4096 512 512 47684 250 adamw 0.0002")])
