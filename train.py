@@ -509,8 +509,7 @@ def write_tokens(texts, coder, split_on, folder):
                     n_documents += 1
         require(train.tell() and val.tell(), f"--data: of {len(texts)} files {n_texts} are UTF-8 "
                 "text, too few for training and validation")
-    note(f"tokenized: {n_texts}/{len(texts)} texts, which split into {n_documents} documents; the "
-         "others are not UTF-8")
+    note(f"tokenized: {n_texts}/{len(texts)} texts are UTF-8, split into {n_documents} documents")
 
 
 class Tokenizer:
@@ -673,8 +672,9 @@ def refuse_changes(path, saved, config, free=MAY_DIFFER):
     """ValueError if a flag differs from the checkpoint at `path`."""
     for name, mine in vars(config).items():
         value = saved.get(name, mine)
-        require(name in free or mine == value, f"--{name.replace('_', '-')} {mine}: {path} has "
-                f"{value}, and what changes the result can't differ")
+        flag = name.removesuffix("_key").replace("_", "-")
+        require(name in free or mine == value, f"--{flag} {mine}: {path} has {value}, and what "
+                "changes the result can't differ")
 
 
 def on_gpu(config):

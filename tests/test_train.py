@@ -589,7 +589,7 @@ def test_what_is_no_text_is_left_out(capsys):
     assert [len(side) for side in split()] == [81, 81]
     err = capsys.readouterr().err
     assert err.count("\n") == 2 and "tokenizing 85 texts" in err
-    assert "tokenized: 82/85 texts, which split into 162 documents; the others are not" in err
+    assert "tokenized: 82/85 texts are UTF-8, split into 162 documents" in err
     texts({"a.txt": b"\0" * 100}, "zeros")
     refused(train.main, "--data", "zeros", why="of 1 files 0 are UTF-8 text, too few")
 
@@ -613,7 +613,7 @@ def test_split_on_makes_documents_of_one_file(capsys):
     texts({"tales.txt": "<|endoftext|>".join(stories)})
     first, second = split("text/tales.txt", split_on="<|endoftext|>")
     assert first[:-1] + [first[-1] + second[0]] + second[1:] == stories
-    assert "1/1 texts, which split into 51 documents" in capsys.readouterr().err
+    assert "1/1 texts are UTF-8, split into 51 documents" in capsys.readouterr().err
 
 
 def test_texts_are_tokenized_again_when_their_content_changes(capsys):
@@ -723,7 +723,7 @@ def test_resume_refuses_another_value_of_any_flag_that_changes_the_result(flag):
         return
     with pytest.raises((ValueError, OSError)) as error:
         train.main(typed)
-    named = {"data": "--data-key 480 tokens", "pattern": "out/D8.pt", "tokenizer": "--eot 49"}
+    named = {"data": "--data 480 tokens", "pattern": "out/D8.pt", "tokenizer": "--eot 49"}
     assert named.get(flag.dest, f"{flag.option_strings[0]} ") in str(error.value), error.value
     assert meta_of()["train"] == kept
 
@@ -855,7 +855,7 @@ def test_adaptation_resumes_by_keeping_what_is_done(dense, capsys):
     before = Path("out/D4.pt").read_bytes()
     both = ("--pattern", "D4", "D8", "W0", "--steps", 2, "--data", "other", "--resume")
     refused(adapt.main, *both[:-1], why="out/D4.pt exists: --resume keeps it")
-    refused(adapt.main, *both, "--data", "bins", why="--data-key 480 tokens")
+    refused(adapt.main, *both, "--data", "bins", why="--data 480 tokens")
     for flag, value in (("--steps", 3), ("--seed", 1), ("--clip", 9.0), ("--optimizer", "muon")):
         refused(adapt.main, *both, flag, value, why=f"{flag} {value}: out/D4.pt")
     stopped(1, mock.Mock(side_effect=KeyboardInterrupt), call, adapt.main, *both)
