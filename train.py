@@ -672,7 +672,7 @@ def refuse_changes(path, saved, config, free=MAY_DIFFER):
     """ValueError if a flag differs from the checkpoint at `path`."""
     for name, mine in vars(config).items():
         value = saved.get(name, mine)
-        flag = name.removesuffix("_key").replace("_", "-")
+        flag = name.removesuffix("_key").replace("_", "-")      # data_key stands for --data
         require(name in free or mine == value, f"--{flag} {mine}: {path} has {value}, and what "
                 "changes the result can't differ")
 

@@ -137,8 +137,9 @@ def test_the_last_line(pattern, capsys, monkeypatch):
     model, _ = load_checkpoint("out/dense.pt")
     stamps = iter([1.0, 1.25, 2.0, 5.0, 5.5, 6.0, 1.0, 2.0, 2.25])
     monkeypatch.setattr(sample, "timer", lambda: next(stamps))
-    for n_new, cost in (5, "prefill 7 tokens 250.0 ms | decode 2.0 tok/s"), (
-                        2, "prefill 7 tokens 1000.0 ms | decode 4.0 tok/s"):
+    costs = {5: "prefill 7 tokens 250.0 ms | decode 2.0 tok/s",
+             2: "prefill 7 tokens 1000.0 ms | decode 4.0 tok/s"}
+    for n_new, cost in costs.items():
         flags = ["--pattern", pattern, "--prompt", "1 + 2 =", "--tokens", n_new]
         size = model.new_cache(1, 7 + n_new, pattern).nbytes
         dense = model.new_cache(1, 7 + n_new, "D1").nbytes
